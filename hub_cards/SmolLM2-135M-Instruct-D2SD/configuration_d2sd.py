@@ -1,0 +1,238 @@
+# Copyright 2026 The hf-d2sd authors. Licensed under the Apache License, Version 2.0.
+"""Configurations of one drafter and of the pair that D²SD decodes with."""
+
+from transformers import PreTrainedConfig
+
+FORMAT_VERSION = 1
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+class _CheckedConfig(PreTrainedConfig):
+    """Refuses to read a configuration that was written for another kind of model, or by a newer library."""
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type")
+        _require(
+            model_type == cls.model_type,
+            f"{pretrained_model_name_or_path} is saved in the format {model_type!r} (architectures: "
+            f"{config_dict.get('architectures')}), but {cls.__name__} reads {cls.model_type!r}. "
+            "Load it with the class it was saved from.",
+        )
+        return config_dict, kwargs
+
+    def _check_format_version(self) -> None:
+        _require(
+            self.d2sd_format_version == FORMAT_VERSION,
+            f"This checkpoint has d2sd_format_version={self.d2sd_format_version!r}; this release reads version "
+            f"{FORMAT_VERSION}. Update with `pip install -U hf-d2sd`, or save the drafter again.",
+        )
+
+
+class D2SDDrafterConfig(_CheckedConfig):
+    r"""Configuration of one block-diffusion drafter, first or second.
+
+    Names follow Transformers' own DFlash assistants and the public DFlash checkpoints (arXiv 2602.06036).
+
+    Args:
+        vocab_size (`int`): size of the target's vocabulary.
+        hidden_size (`int`): width of the drafter; equals the width of the target's input embedding and LM head.
+        target_hidden_size (`int`, *optional*): width of the target's hidden states; defaults to `hidden_size`.
+        num_target_layers (`int`, *optional*): number of layers of the target the drafter was trained for.
+        target_layer_ids (`list[int]`): layers of the target whose outputs are the drafter's features. Id `i` means
+            the output of layer `i`, counted from 0.
+        block_size (`int`): γ, at least 2: position 0 is the anchor, positions 1 to γ-1 are drafted.
+        mask_token_id (`int`): token whose embedding stands at the positions that are to be drafted.
+        draft_vocab_size (`int`, *optional*): number of target tokens the drafter can draft; `None` for all. The
+            tokens are listed in the model's buffer `draft_token_ids`; logits come from those rows of the target's
+            LM head (the pruning of FR-Spec, arXiv 2502.14856).
+        qk_norm (`bool`): whether queries and keys are normalised per head.
+        layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each layer.
+        sliding_window (`int`, *optional*): for sliding layers, the greatest distance at which a key is seen.
+        tokenizer_fingerprint (`str`, *optional*): see `hf_d2sd.tokenizer_fingerprint`; where set, a target's
+            tokenizer that differs is refused.
+
+    Raises:
+        ValueError: for a block size under 2, layer ids out of range, a mask token outside the vocabulary, an unknown
+            layer type, or a checkpoint of another format.
+    """
+
+    model_type = "d2sd_drafter"
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 40960
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    qk_norm: bool = True
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    block_size: int = 16
+    mask_token_id: int | None = None
+    target_layer_ids: list[int] | None = None
+    target_hidden_size: int | None = None
+    num_target_layers: int | None = None
+    draft_vocab_size: int | None = None
+    tokenizer_fingerprint: str | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    use_cache: bool = True
+    d2sd_format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.target_hidden_size is None:
+            self.target_hidden_size = self.hidden_size
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.target_layer_ids is None:
+            self.target_layer_ids = default_target_layer_ids(self.num_target_layers or 8, self.num_hidden_layers)
+        super().__post_init__(**kwargs)
+        self._check_format_version()
+        self._check_sizes()
+        self._check_layers()
+
+    def _check_sizes(self) -> None:
+        _require(
+            self.block_size >= 2,
+            f"block_size is {self.block_size}; it must be at least 2: the anchor and one drafted token.",
+        )
+        _require(
+            self.mask_token_id is None or 0 <= self.mask_token_id < self.vocab_size,
+            f"mask_token_id is {self.mask_token_id}, outside the vocabulary of {self.vocab_size} tokens.",
+        )
+        _require(
+            self.draft_vocab_size is None or 1 <= self.draft_vocab_size <= self.vocab_size,
+            f"draft_vocab_size is {self.draft_vocab_size}; it must lie between 1 and vocab_size={self.vocab_size}.",
+        )
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads={self.num_attention_heads} is no multiple of "
+            f"num_key_value_heads={self.num_key_value_heads}.",
+        )
+
+    def _check_layers(self) -> None:
+        _require(
+            len(self.layer_types) == self.num_hidden_layers and set(self.layer_types) <= set(_LAYER_TYPES),
+            f"layer_types is {self.layer_types}; it must name one of {_LAYER_TYPES} for each of the "
+            f"{self.num_hidden_layers} layers.",
+        )
+        _require(
+            "sliding_attention" not in self.layer_types or self.sliding_window is not None,
+            "layer_types has sliding layers, but sliding_window is not set.",
+        )
+        ids, layers = self.target_layer_ids, self.num_target_layers
+        _require(
+            len(ids) > 0 and all(0 <= i and (layers is None or i < layers) for i in ids),
+            f"target_layer_ids is {ids}; it must hold ids from 0 to {'L-1' if layers is None else layers - 1} "
+            f"of the target's {'L' if layers is None else layers} layers.",
+        )
+
+
+class D2SDConfig(_CheckedConfig):
+    r"""Configuration of a pair of drafters, and the defaults they decode with.
+
+    Args:
+        first (`D2SDDrafterConfig` or `dict`): the drafter of whole blocks from the anchor (DFlash).
+        second (`D2SDDrafterConfig` or `dict`, *optional*): the drafter that re-drafts from kept prefixes. Without
+            one, only `num_branches=0` can be decoded.
+        num_branches (`int`): K, the number of prefixes that are re-drafted in each cycle.
+        tree_budget (`int`, *optional*): greatest number of nodes, anchor included, that one target pass checks.
+
+    The target's special tokens and vocabulary size are those of `first`, so that pipelines see one tokenizer.
+    """
+
+    model_type = "d2sd"
+    sub_configs = {"first": D2SDDrafterConfig, "second": D2SDDrafterConfig}
+
+    first: dict | PreTrainedConfig | None = None
+    second: dict | PreTrainedConfig | None = None
+    num_branches: int = 4
+    tree_budget: int | None = None
+    vocab_size: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    d2sd_format_version: int = FORMAT_VERSION
+
+    def __post_init__(self, **kwargs):
+        self.first = self._drafter_config(self.first) or D2SDDrafterConfig()
+        self.second = self._drafter_config(self.second)
+        for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(self.first, name))
+        super().__post_init__(**kwargs)
+        self._check_format_version()
+        self._check_options()
+        self._check_pair()
+
+    def to_dict(self) -> dict:
+        """Without the places the drafters were loaded from: those are nobody else's."""
+        output = super().to_dict()
+        for role in ("first", "second"):
+            if output[role] is not None:
+                output[role].pop("_name_or_path", None)
+        return output
+
+    @staticmethod
+    def _drafter_config(value: dict | PreTrainedConfig | None) -> D2SDDrafterConfig | None:
+        if not isinstance(value, dict):
+            return value
+        _require(
+            value.get("model_type", "d2sd_drafter") == "d2sd_drafter",
+            f"A drafter in this pair is saved in the unknown format {value.get('model_type')!r}; "
+            "'d2sd_drafter' was expected.",
+        )
+        return D2SDDrafterConfig(**{k: v for k, v in value.items() if k != "model_type"})
+
+    def _check_options(self) -> None:
+        _require(self.num_branches >= 0, f"num_branches is {self.num_branches}; it must be 0 or more.")
+        _require(
+            self.tree_budget is None or self.tree_budget >= 1,
+            f"tree_budget is {self.tree_budget}; it must be at least 1 (the anchor), or None for no limit.",
+        )
+
+    def _check_pair(self) -> None:
+        first, second = self.first, self.second
+        if second is None:
+            return
+        for name in ("vocab_size", "hidden_size", "target_hidden_size"):
+            a, b = getattr(first, name), getattr(second, name)
+            _require(a == b, f"The two drafters were made for different targets: {name} is {a} and {b}.")
+        _require(
+            second.block_size >= first.block_size,
+            f"The second drafter's block_size ({second.block_size}) must be at least the first's "
+            f"({first.block_size}): a branch keeps a prefix of the first block and drafts on.",
+        )
+
+
+def default_target_layer_ids(num_target_layers: int, num_draft_layers: int) -> list[int]:
+    """Feature layers as DFlash chooses them (arXiv 2602.06036): the middle one, or evenly spread from 1 to n - 3."""
+    if num_draft_layers == 1 or num_target_layers < 5:
+        return [num_target_layers // 2]
+    span = num_target_layers - 4
+    ids = [round(1 + span * k / (num_draft_layers - 1)) for k in range(num_draft_layers)]
+    return sorted(set(ids))
+
+
+D2SDDrafterConfig.register_for_auto_class()
+D2SDConfig.register_for_auto_class()
+
+__all__ = ["D2SDConfig", "D2SDDrafterConfig", "FORMAT_VERSION", "default_target_layer_ids"]

@@ -1,0 +1,338 @@
+# Copyright 2026 The hf-d2sd authors. Licensed under the Apache License, Version 2.0.
+"""The drafter network, one for both roles, and the pair of drafters that is passed as `assistant_model`.
+
+This file is also the Hub's remote code for drafter repositories: it needs torch and transformers alone.
+"""
+
+import os
+import sys
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DFlashCache
+from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+    eager_attention_forward,
+    rotate_half,
+)
+
+from .configuration_d2sd import D2SDConfig, D2SDDrafterConfig
+
+
+class D2SDAttention(nn.Module):
+    """Block queries over the context's keys and the block's own, in both directions."""
+
+    def __init__(self, config: D2SDDrafterConfig, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+
+        query_width = config.num_attention_heads * self.head_dim
+        key_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        norm = Qwen3RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm = norm(self.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = norm(self.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (B, Q, H): the block
+        context: Tensor,  # (B, C, H): features of newly committed tokens
+        position_embeddings: tuple[Tensor, Tensor],  # (B, C + Q, head_dim)
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> Tensor:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        sources = torch.cat([context, hidden_states], dim=1)
+        source_shape = (*sources.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(sources).view(source_shape)).transpose(1, 2)
+        value = self.v_proj(sources).view(source_shape).transpose(1, 2)
+
+        cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+        block = slice(cos.shape[-2] - query.shape[-2], None)  # queries are the block's positions, the last ones
+        query = query * cos[..., block, :] + rotate_half(query) * sin[..., block, :]
+        key = key * cos + rotate_half(key) * sin
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
+
+
+class D2SDDecoderLayer(nn.Module):
+    def __init__(self, config: D2SDDrafterConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = D2SDAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, context: Tensor, **kwargs) -> Tensor:
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), context, **kwargs)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class D2SDPreTrainedModel(PreTrainedModel):
+    config_class = D2SDDrafterConfig
+    base_model_prefix = ""
+    main_input_name = "noise_embeds"
+    _no_split_modules = ["D2SDDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, but reads safetensors alone and wants exactly the model's tensors.
+
+        Raises:
+            ValueError: listing the tensors that are missing, unexpected or of another shape.
+            OSError: if there are no safetensors weights.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("Drafters are read from safetensors alone; drop use_safetensors=False.")
+        kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        found = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+        if any(found.values()):
+            listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found.items() if names)
+            raise ValueError(f"{pretrained_model_name_or_path} is no {cls.__name__} checkpoint: tensors {listed}.")
+        return (model, info) if output_loading_info else model
+
+
+class D2SDDrafterModel(D2SDPreTrainedModel):
+    """One block-diffusion drafter. It has no embedding and no head: both are the target's.
+
+    Tensor names follow the public DFlash checkpoints. In the first role one token of the block is visible, the
+    anchor; in the second, the anchor and a kept prefix. Both run natively in Transformers as a DFlash assistant:
+    `target.generate(..., assistant_model=drafter, speculation_type="dflash")`.
+    """
+
+    def __init__(self, config: D2SDDrafterConfig):
+        super().__init__(config)
+        self.fc = nn.Linear(len(config.target_layer_ids) * config.target_hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(D2SDDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        if config.draft_vocab_size is not None:
+            self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, D2SDDrafterModel) and module.config.draft_vocab_size is not None:
+            ids = torch.arange(module.config.draft_vocab_size, device=module.draft_token_ids.device)
+            module.draft_token_ids.copy_(ids)
+
+    def forward(
+        self,
+        noise_embeds: Tensor,
+        context_hidden_states: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Denoise blocks of token embeddings, given features of the committed tokens.
+
+        Args:
+            noise_embeds: (B, Q, hidden_size), embeddings of the visible tokens and of the mask token.
+            context_hidden_states: (B, C, len(target_layer_ids) * target_hidden_size), features of the tokens that
+                were committed since the cache was last filled.
+            attention_mask: a ready mask (B, 1, Q, keys), one per layer type as a dict, a padding mask (B, keys), or
+                `None`: every query then sees every key.
+            position_ids: (B, C + Q), positions of the context and of the block; by default they follow the cache.
+            past_key_values: keys and values of the earlier context. The new context's and the block's are appended;
+                whoever calls drops the block's.
+
+        Returns:
+            `last_hidden_state` (B, Q, hidden_size), to be read by the target's LM head: slot k predicts the token at
+            slot k.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DFlashCache(config=self.config)
+        context = self.hidden_norm(self.fc(context_hidden_states))
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            length = context.shape[1] + noise_embeds.shape[1]
+            position_ids = torch.arange(past, past + length, device=noise_embeds.device)[None]
+        masks = self._masks_by_layer_type(noise_embeds, context.shape[1], attention_mask, past_key_values)
+
+        hidden_states = noise_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer, layer_type in zip(self.layers, self.config.layer_types):
+            hidden_states = layer(
+                hidden_states,
+                context,
+                position_embeddings=position_embeddings,
+                attention_mask=masks[layer_type],
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _masks_by_layer_type(
+        self, noise_embeds: Tensor, context_length: int, attention_mask, past_key_values: Cache | None
+    ) -> dict[str, Tensor | None]:
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        if attention_mask is not None and attention_mask.ndim == 4:
+            return dict.fromkeys(set(self.config.layer_types), attention_mask)
+        if past_key_values is None:
+            # The keys are longer than the queries by the context: a DFlashCache tells the mask functions so.
+            past_key_values = DFlashCache(config=self.config)
+            past_key_values.set_previous_accepted_tokens(context_length)
+        create = {
+            "full_attention": create_bidirectional_mask,
+            "sliding_attention": create_bidirectional_sliding_window_mask,
+        }
+        return {
+            layer_type: create[layer_type](
+                config=self.config,
+                inputs_embeds=noise_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+            )
+            for layer_type in set(self.config.layer_types)
+        }
+
+
+class D2SDAssistant(D2SDPreTrainedModel):
+    """Both drafters in one checkpoint: what `target.generate(..., assistant_model=assistant)` takes.
+
+    `last_stats` holds the counts of the latest call, see `hf_d2sd.stats.D2SDStats`.
+    """
+
+    config_class = D2SDConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: D2SDConfig):
+        super().__init__(config)
+        self.first = D2SDDrafterModel(config.first)
+        self.second = D2SDDrafterModel(config.second) if config.second is not None else None
+        self.last_stats = None
+        self.post_init()
+
+    @classmethod
+    def from_drafters(
+        cls,
+        first: str | os.PathLike | D2SDDrafterModel,
+        second: str | os.PathLike | D2SDDrafterModel | None = None,
+        *,
+        num_branches: int | None = None,
+        tree_budget: int | None = None,
+        **kwargs,
+    ) -> "D2SDAssistant":
+        """Join two drafters, given as models, Hub ids or folders; `kwargs` go to `D2SDDrafterModel.from_pretrained`.
+
+        Without a second drafter the assistant decodes with `num_branches=0`: DFlash alone.
+
+        Raises:
+            ValueError: if the drafters were made for different targets, or the second's block is the shorter one.
+        """
+        first, second = (
+            D2SDDrafterModel.from_pretrained(drafter, **kwargs) if isinstance(drafter, (str, os.PathLike)) else drafter
+            for drafter in (first, second)
+        )
+        for drafter in (first, second):
+            if not isinstance(drafter, (D2SDDrafterModel, type(None))):
+                raise TypeError(f"Expected a D2SDDrafterModel, a path or a Hub id; got {type(drafter).__name__}.")
+        if num_branches is None:
+            num_branches = 4 if second is not None else 0
+        config = D2SDConfig(
+            first=first.config,
+            second=second.config if second is not None else None,
+            num_branches=num_branches,
+            tree_budget=tree_budget,
+            dtype=first.dtype,
+        )
+        with torch.device("meta"):
+            assistant = cls(config)
+        assistant.first, assistant.second = first, second
+        return assistant.eval()
+
+    @property
+    def drafters(self) -> list[D2SDDrafterModel]:
+        return [drafter for drafter in (self.first, self.second) if drafter is not None]
+
+    @property
+    def attention_backend(self) -> str | None:
+        """Which attention verified the latest call's trees, and why; `None` before the first call."""
+        return self.last_stats.attention_backend if self.last_stats is not None else None
+
+    @property
+    def generation_config(self):
+        """`None`: an assistant does not generate. Asked for first by stock assisted decoding, hence the error."""
+        if "hf_d2sd" in sys.modules:
+            return None
+        raise ImportError(_ENGINE_MISSING)
+
+    @generation_config.setter
+    def generation_config(self, value) -> None:
+        if value is not None:
+            raise ValueError("An assistant has no generation config: pass options to `target.generate(...)`.")
+
+    def generate(self, *args, **kwargs):
+        raise TypeError(
+            "A D2SDAssistant drafts for a target and writes no text of its own: call "
+            "`target.generate(..., assistant_model=assistant)`."
+        )
+
+    def forward(self, *args, **kwargs):
+        return self.generate(*args, **kwargs)
+
+    def _d2sd_assisted_decode(self, target: PreTrainedModel, input_ids: Tensor, *args, **kwargs):
+        """Called by the dispatch that `import hf_d2sd` installs in `GenerationMixin`."""
+        from hf_d2sd.integration import assisted_decode
+
+        return assisted_decode(self, target, input_ids, *args, **kwargs)
+
+
+_ENGINE_MISSING = (
+    "Decoding with a D2SDAssistant needs the package hf-d2sd: `pip install hf-d2sd`, then `import hf_d2sd` before "
+    "`target.generate(..., assistant_model=assistant)`."
+)
+
+try:  # as remote code: the installed package, if there is one, teaches `generate` to decode with this assistant
+    import hf_d2sd  # noqa: F401
+except ImportError:
+    pass
+
+D2SDDrafterModel.register_for_auto_class("AutoModel")
+D2SDAssistant.register_for_auto_class("AutoModel")
+
+__all__ = ["D2SDAssistant", "D2SDDrafterModel", "D2SDPreTrainedModel"]

@@ -1,0 +1,33 @@
+"""The walk: which drafted nodes the target's own choices lead through."""
+
+from collections.abc import Callable, Sequence
+
+
+def walk(
+    tokens: Sequence[int],
+    parents: Sequence[int],
+    choose: Callable[[int], int],
+    is_finished: Callable[[], bool],
+) -> tuple[list[int], list[int]]:
+    """Follow the target's choices from the anchor for as long as the tree holds the chosen token.
+
+    Lossless by construction: each emitted token is the target's choice given exactly the tokens before it, and no
+    draft probability enters.
+
+    Args:
+        tokens, parents: N entries each, the nodes of a `CandidateTree`; siblings carry distinct tokens.
+        choose: called once for each node on the path, in order, with the node's index; returns the target's token.
+        is_finished: asked after each choice; the walk ends where generation does.
+
+    Returns:
+        The path (A,), node indices from the anchor on, and the emitted tokens (A,): the last is the bonus, which no
+        node on the path carries. Afterwards the target's cache must hold exactly the path.
+    """
+    child = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens))}
+    path, emitted, node = [], [], 0
+    while node is not None:
+        token = choose(node)
+        path.append(node)
+        emitted.append(token)
+        node = None if is_finished() else child.get((node, token))
+    return path, emitted

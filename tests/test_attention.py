@@ -1,0 +1,229 @@
+"""Which keys each node of a tree sees: the mask against its rule, and the target's logits against plain forwards."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import transformers as tf
+from tiny import FAMILIES, VOCAB, WINDOW, OracleDrafts, image_inputs, prompt, tiny_assistant, tiny_target
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_eager
+
+from hf_d2sd.attention import MaskedAttention, tree_mask
+from hf_d2sd.cache import TreeCache
+from hf_d2sd.target import Target
+from hf_d2sd.tree import CandidateTree
+
+TOLERANCE = 2e-4  # of logits that differ by 0.1 to 100 where a path is wrong
+
+
+def random_tree(seed: int, size: int) -> CandidateTree:
+    """Any shape: a node's parent is any earlier node; siblings may carry the same token, attention does not mind."""
+    generator = torch.Generator().manual_seed(seed)
+    parents, depths = [-1], [0]
+    for node in range(1, size):
+        parents.append(int(torch.randint(0, node, (), generator=generator)))
+        if torch.rand((), generator=generator) < 0.5:
+            parents[-1] = node - 1  # so that trees get deep
+        depths.append(depths[parents[-1]] + 1)
+    tokens = torch.randint(2, 20, (size,), generator=generator)
+    zeros = torch.zeros(size, dtype=torch.long)
+    return CandidateTree(tokens, torch.tensor(parents), torch.tensor(depths), zeros.float(), zeros)
+
+
+def path_to(tree: CandidateTree, node: int) -> list[int]:
+    path = []
+    while node != -1:
+        path.append(node)
+        node = int(tree.parents[node])
+    return path[::-1]
+
+
+class TestTheMask:
+    @pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 100])
+    @pytest.mark.parametrize("position", [0, 1, 3, 8])
+    def test_a_node_sees_cached_keys_and_ancestors_within_its_window(self, window, position):
+        for seed in range(20):
+            tree = random_tree(seed, size=1 + seed % 9)
+            # A sliding layer hands out the last W-1 cached keys; one that was never cut hands out all of them.
+            for cached in {position, position if window is None else min(position, window - 1)}:
+                mask = tree_mask(tree.visibility(), tree.depths, position, cached, window)
+                assert mask.shape == (len(tree), cached + len(tree))
+                for node in range(len(tree)):
+                    at = position + len(path_to(tree, node)) - 1
+                    for key in range(cached + len(tree)):
+                        if key < cached:
+                            key_at, related = position - cached + key, True
+                        else:
+                            key_at = position + len(path_to(tree, key - cached)) - 1
+                            related = key - cached in path_to(tree, node)
+                        expected = related and (window is None or at - key_at < window)
+                        assert bool(mask[node, key]) == expected, (seed, window, position, cached, node, key)
+
+    def test_the_last_keys_of_a_window_are_all_a_tree_can_see(self):
+        """What a sliding layer does not hand out is out of every node's sight."""
+        for seed in range(20):
+            tree = random_tree(seed, size=8)
+            whole = tree_mask(tree.visibility(), tree.depths, 30, 30, window=6)
+            assert not whole[:, : 30 - 5].any()
+            assert torch.equal(whole[:, 30 - 5 :], tree_mask(tree.visibility(), tree.depths, 30, 5, window=6))
+
+    def test_an_additive_mask_hides_what_the_boolean_one_hides(self):
+        seen = torch.rand(5, 9) < 0.5
+        for dtype in (torch.float32, torch.bfloat16):
+            attention = MaskedAttention("eager", "", {}, None)
+            mask = attention.as_mask(seen, dtype)
+            assert (mask.shape, mask.dtype) == ((1, 1, 5, 9), dtype)
+            assert torch.equal(mask[0, 0] == 0, seen)
+            assert (mask[0, 0][~seen] == torch.finfo(dtype).min).all()
+
+
+@functools.cache
+def model_inputs(family: str, length: int):
+    return image_inputs(length) if family == "gemma3_image" else {"input_ids": prompt(length)}
+
+
+def forward_path(family: str, inputs: dict, tokens: list[int]) -> torch.Tensor:
+    """Logits (V,) after the prompt and these tokens, by one plain forward without a cache."""
+    more = torch.tensor([tokens], dtype=torch.long)
+    whole = dict(inputs, input_ids=torch.cat([inputs["input_ids"], more], dim=1))
+    if "token_type_ids" in inputs:
+        whole["token_type_ids"] = torch.cat([inputs["token_type_ids"], torch.zeros_like(more)], dim=1)
+    with torch.no_grad():
+        return tiny_target(family)(**whole, use_cache=False).logits[0, -1]
+
+
+def prefilled_target(family: str, inputs: dict) -> Target:
+    model = tiny_target(family)
+    target = Target(model, TreeCache(model.config), layer_ids={0})
+    given = {name: value for name, value in inputs.items() if name != "input_ids"}
+    with torch.no_grad():
+        list(target.prefill(inputs["input_ids"], inputs["input_ids"].shape[1], **given))
+    return target
+
+
+@pytest.mark.parametrize("length", [WINDOW - 6, WINDOW - 1, WINDOW, 2 * WINDOW + 3])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_nodes_logits_are_those_of_its_own_path(family, length):
+    """Two cycles: the second tree stands on what was kept of the first."""
+    inputs = model_inputs(family, length)
+    target, committed = prefilled_target(family, inputs), []
+    for cycle in range(2):
+        tree = random_tree(cycle, size=24)
+        logits = target.verify(tree).logits
+        for node in range(len(tree)):
+            tokens = committed + tree.tokens[path_to(tree, node)].tolist()
+            expected = forward_path(family, inputs, tokens)
+            torch.testing.assert_close(logits[node], expected, atol=TOLERANCE, rtol=TOLERANCE)
+        path = path_to(tree, len(tree) - 3)
+        target.commit(torch.tensor(path))
+        committed += tree.tokens[path].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_wrong_parent_changes_the_logits(family):
+    """The control of the test above: its tolerance tells a path from a path with one other token."""
+    target = prefilled_target(family, model_inputs(family, 9))
+    tokens, zeros = torch.tensor([4, 5, 9, 6]), torch.zeros(4, dtype=torch.long)
+    depths = torch.tensor([0, 1, 1, 2])
+    right = CandidateTree(tokens, torch.tensor([-1, 0, 0, 1]), depths, zeros.float(), zeros)
+    wrong = CandidateTree(tokens, torch.tensor([-1, 0, 0, 2]), depths, zeros.float(), zeros)
+    results = []
+    for tree in (right, wrong):
+        results.append(target.verify(tree).logits)
+        target.cache.crop(-len(tree))
+    torch.testing.assert_close(results[0][:3], results[1][:3], atol=TOLERANCE, rtol=TOLERANCE)
+    assert (results[0][3] - results[1][3]).abs().max() > 100 * TOLERANCE
+
+
+class TestTheImplementation:
+    def test_active_restores_the_models_own_also_after_an_error(self):
+        model = copy.deepcopy(tiny_target("llama"))
+        attention = MaskedAttention("eager", "", {}, model.config)
+        own = model.config._attn_implementation
+        assert own != "eager"
+        with attention.active():
+            assert model.config._attn_implementation == "eager"
+        assert model.config._attn_implementation == own
+        with pytest.raises(RuntimeError, match="inside"):
+            with attention.active():
+                raise RuntimeError("inside")
+        assert model.config._attn_implementation == own
+
+    def test_an_error_in_the_target_leaves_its_attention_as_it_was(self, monkeypatch, delegate):
+        target = with_attention("llama", delegate.name)
+        stock = Target.verify
+
+        def broken(self, tree):
+            tree.tokens[0] = VOCAB + 1  # an index error in the embedding, inside the forward
+            return stock(self, tree)
+
+        monkeypatch.setattr(Target, "verify", broken)
+        with pytest.raises(IndexError):
+            target.generate(prompt(), do_sample=False, max_new_tokens=8, assistant_model=tiny_assistant())
+        assert target.config._attn_implementation == delegate.name
+
+    @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
+    def test_another_implementation_prefills_and_sdpa_verifies(self, family, delegate, monkeypatch):
+        target, assistant = with_attention(family, delegate.name), tiny_assistant(4, 6)
+        plain = target.generate(prompt(), do_sample=False, max_new_tokens=16)
+        OracleDrafts(monkeypatch, plain[0], 0.7)
+        delegate.queries.clear()
+        ours = target.generate(prompt(), do_sample=False, max_new_tokens=16, assistant_model=assistant)
+        assert ours.tolist() == plain.tolist() == greedy(family)
+        assert set(delegate.queries) == {prompt().shape[1]}, "it ran the prefill, and nothing else"
+        assert assistant.attention_backend.startswith("sdpa")
+        assert delegate.name in assistant.attention_backend
+        assert target.config._attn_implementation == delegate.name
+
+    def test_where_a_model_has_no_sdpa_eager_verifies(self, delegate, monkeypatch):
+        monkeypatch.setattr(delegate, "forward", gpt_oss_eager)
+        AttentionMaskInterface.register(delegate.name, eager_mask)
+        target, assistant = with_attention("gpt_oss", delegate.name), tiny_assistant(4, 6)
+        plain = target.generate(prompt(), do_sample=False, max_new_tokens=12)
+        OracleDrafts(monkeypatch, plain[0], 0.7)
+        ours = target.generate(prompt(), do_sample=False, max_new_tokens=12, assistant_model=assistant)
+        assert ours.tolist() == plain.tolist()
+        assert assistant.attention_backend.startswith("eager")
+        assert delegate.name in assistant.attention_backend
+
+    def test_the_models_own_implementation_is_used_where_it_takes_masks(self):
+        for implementation in ("eager", "sdpa"):
+            target = with_attention("llama", implementation)
+            assert MaskedAttention.for_model(target).implementation == implementation
+
+
+class Delegate:
+    """An attention of another name; it records how many queries each call had."""
+
+    name = "d2sd_tests_delegate"
+
+    def __init__(self):
+        self.queries, self.forward = [], sdpa_attention_forward
+
+    def __call__(self, module, query, *args, **kwargs):
+        self.queries.append(query.shape[2])
+        return self.forward(module, query, *args, **kwargs)
+
+
+@pytest.fixture
+def delegate():
+    delegate = Delegate()
+    tf.AttentionInterface.register(delegate.name, delegate)
+    AttentionMaskInterface.register(delegate.name, sdpa_mask)
+    return delegate
+
+
+def with_attention(family: str, implementation: str):
+    target = copy.deepcopy(tiny_target(family))
+    target.set_attn_implementation(implementation)
+    return target
+
+
+@functools.cache
+def greedy(family: str):
+    return tiny_target(family).generate(prompt(), do_sample=False, max_new_tokens=16).tolist()
