@@ -4,8 +4,8 @@
 
 Every prompt of benchmarks/prompts (both turns where there are two) is answered by plain `generate` in batches and by
 `generate(assistant_model=...)` one by one. Where the two differ, plain `generate` answers that prompt by itself and
-decides. Rows are written as they come (`--work`); a killed run goes on where it stopped. The exit status is 1 if any row
-differs.
+decides. Rows are written as they come (`--work`); a killed run goes on where it stopped. The exit status is 1 if any
+row differs.
 """
 
 import argparse

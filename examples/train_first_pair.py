@@ -19,6 +19,7 @@ import os
 import random
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel, tokenizer_fingerprint
+from hf_d2sd.capturing import embeddings_first, select_layers
 from hf_d2sd.drafting import draft_head
 
 NO_LOSS = -100
@@ -97,8 +99,9 @@ def frequent_tokens(data: Path, vocab_size: int, count: int, always: list[int], 
 def row_features(target, rows: list[Tensor], layer_ids: list[int]) -> list[Tensor]:
     """(T, F) for each row (T,). Padding stands on the right, out of every token's causal sight: it needs no mask."""
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).long()  # (B, T)
-    output = target.model(tokens, use_cache=False, output_hidden_states=[i + 1 for i in layer_ids])
-    features = torch.cat([output.hidden_states[i + 1] for i in layer_ids], dim=-1)  # (B, T, F)
+    output = target.model(tokens, use_cache=False, output_hidden_states=select_layers(layer_ids))
+    states = embeddings_first(output.hidden_states, selected=True)
+    features = torch.cat([states[i + 1] for i in layer_ids], dim=-1)  # (B, T, F)
     return [row_features[: len(row)] for row_features, row in zip(features, rows)]
 
 
@@ -387,7 +390,7 @@ def evaluate(trainee: Trainee, rows: list[Row], prefix_length: int, batch_size: 
 
 @dataclass
 class Run:
-    """A training run that can stop after any step: what it needs to go on is in `checkpoint.pt`."""
+    """A training run that can stop after any step: what it needs to go on is in `checkpoint.safetensors`."""
 
     trainee: Trainee
     optimizer: torch.optim.AdamW
@@ -396,19 +399,28 @@ class Run:
     elapsed: float = 0.0  # seconds of training so far, over all restarts
 
     def load(self) -> None:
-        path = self.out / "checkpoint.pt"
-        if path.exists():
-            state = torch.load(path)
-            self.trainee.load_state_dict(state["trainee"])
-            self.trainee.rebuild_head()
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.elapsed = state["step"], state["elapsed"]
+        path = self.out / "checkpoint.safetensors"
+        if not path.exists():
+            return
+        tensors = load_file(path)
+        self.step, self.elapsed = int(tensors.pop("step")), float(tensors.pop("elapsed"))
+        weights, moments = {}, defaultdict(dict)
+        for name, tensor in tensors.items():
+            part, *rest = name.split("/")
+            if part == "trainee":
+                weights[rest[0]] = tensor
+            else:
+                moments[int(rest[0])][rest[1]] = tensor
+        self.trainee.load_state_dict(weights)
+        self.trainee.rebuild_head()
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(moments)})
 
     def save(self) -> None:
-        state = {"trainee": self.trainee.state_dict(), "optimizer": self.optimizer.state_dict()}
-        partial = self.out / "checkpoint.partial"
-        torch.save({**state, "step": self.step, "elapsed": self.elapsed}, partial)
-        os.replace(partial, self.out / "checkpoint.pt")
+        tensors = {f"trainee/{name}": tensor for name, tensor in self.trainee.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in moments.items()}
+        tensors |= {"step": torch.tensor(self.step), "elapsed": torch.tensor(self.elapsed, dtype=torch.float64)}
+        save_atomically(tensors, self.out / "checkpoint.safetensors")
         drafter = D2SDDrafterModel(self.trainee.model.config)
         drafter.load_state_dict(self.trainee.model.state_dict())
         drafter.to(torch.bfloat16).save_pretrained(self.out / "drafter")

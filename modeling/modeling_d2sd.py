@@ -294,6 +294,10 @@ class D2SDAssistant(D2SDPreTrainedModel):
         """Which attention verified the latest call's trees, and why; `None` before the first call."""
         return self.last_stats.attention_backend if self.last_stats is not None else None
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        return False
+
     @property
     def generation_config(self):
         """`None`: an assistant does not generate. Asked for first by stock assisted decoding, hence the error."""
@@ -317,8 +321,10 @@ class D2SDAssistant(D2SDPreTrainedModel):
 
     def _d2sd_assisted_decode(self, target: PreTrainedModel, input_ids: Tensor, *args, **kwargs):
         """Called by the dispatch that `import hf_d2sd` installs in `GenerationMixin`."""
-        from hf_d2sd.integration import assisted_decode
-
+        try:
+            from hf_d2sd.integration import assisted_decode
+        except ImportError as error:  # and Transformers asks of remote code only for imports outside of a `try`
+            raise ImportError(_ENGINE_MISSING) from error
         return assisted_decode(self, target, input_ids, *args, **kwargs)
 
 

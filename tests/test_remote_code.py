@@ -28,7 +28,7 @@ LOAD = """
     target = transformers.AutoModelForCausalLM.from_pretrained("target").eval()
     assistant = transformers.AutoModel.from_pretrained("pair", trust_remote_code=True)
     report["module"] = type(assistant).__module__
-    prompt = torch.load("prompt.pt")
+    prompt = torch.tensor(json.load(open("prompt.json")))
     options = dict(do_sample=False, max_new_tokens=16)
 """
 INSPECT = """
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
     tiny_target().save_pretrained(folder / "target")
     tiny_assistant(4, 6).save_pretrained(folder / "pair")
     tiny_drafter().save_pretrained(folder / "first")
-    torch.save(prompt(), folder / "prompt.pt")
+    (folder / "prompt.json").write_text(json.dumps(prompt().tolist()))
     return folder
 
 

@@ -140,8 +140,9 @@ def check_supported(config, cache: Cache | None) -> None:
         ValueError: for anything but a plain `DynamicCache` with layers for `config`.
     """
     windows = _windows(config)
-    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
-        kind = "an offloaded DynamicCache" if isinstance(cache, DynamicCache) else type(cache).__name__
+    offloaded = getattr(cache, "offloading", False)
+    if type(cache) is not DynamicCache or offloaded:
+        kind = f"{'an offloaded ' if offloaded else ''}{type(cache).__name__}"
         raise ValueError(
             "D²SD decoding keeps a tree in its own preallocated cache and takes over a DynamicCache only; got "
             f"{kind}. Drop `cache_implementation` and such a `past_key_values`, or generate without assistant_model."

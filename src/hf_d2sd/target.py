@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .attention import MaskedAttention
 from .cache import TreeCache
+from .capturing import embeddings_first, select_layers
 from .tree import CandidateTree
 
 
@@ -44,7 +45,7 @@ class Target:
         self.attention = MaskedAttention.for_model(model)
         self.device = execution_device(model.get_input_embeddings())
         self.position = cache.get_seq_length()  # of the next token that is not in the cache
-        self._capture = True if all_hidden_states else sorted(i + 1 for i in layer_ids)
+        self._capture = True if all_hidden_states else select_layers(layer_ids)
 
     def prefill(
         self, input_ids: Tensor, new_tokens: int, chunk_size: int | None = None, **model_kwargs
@@ -66,26 +67,29 @@ class Target:
                 past_key_values=self.cache,
                 **kwargs,
             )
-            output = self.model(**inputs, output_hidden_states=self._capture, return_dict=True)
+            logits, hidden_states = self._forward(**inputs)
             positions = kwargs.get("position_ids")
             self.position = self.cache.get_seq_length() if positions is None else int(positions[0, -1]) + 1
-            yield TargetPass(output.logits[0, -1:], output.hidden_states)
+            yield TargetPass(logits[0, -1:], hidden_states)
 
     def verify(self, tree: CandidateTree) -> TargetPass:
         """One pass over the N nodes, each seeing the cache and its own ancestors; the cache grows by all nodes."""
         self._start = self.cache.get_seq_length()
         mask = self.attention.tree_masks(tree, self.position, self.cache.visible_lengths(), self.model.dtype)
         with self.attention.active():
-            output = self.model(
+            logits, hidden_states = self._forward(
                 input_ids=tree.tokens[None],
                 position_ids=(self.position + tree.depths)[None],
                 attention_mask=mask,
                 past_key_values=self.cache,
                 use_cache=True,
-                output_hidden_states=self._capture,
-                return_dict=True,
             )
-        return TargetPass(output.logits[0], output.hidden_states)
+        return TargetPass(logits[0], hidden_states)
+
+    def _forward(self, **inputs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """The model's logits (1, T, V) and the hidden states that were asked for."""
+        output = self.model(**inputs, output_hidden_states=self._capture, return_dict=True)
+        return output.logits, embeddings_first(output.hidden_states, selected=self._capture is not True)
 
     def commit(self, path: Tensor) -> None:
         """Of the nodes verified last keep the path (A,), and forget the others."""
