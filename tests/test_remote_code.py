@@ -7,7 +7,6 @@ import sys
 import textwrap
 
 import pytest
-import torch
 from tiny import prompt, tiny_assistant, tiny_drafter, tiny_target
 
 SAVED_FILES = ["config.json", "configuration_d2sd.py", "model.safetensors", "modeling_d2sd.py"]
