@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import Cache
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -37,7 +38,7 @@ def run(kind: str, pair: str, prompt_tokens: int, new_tokens: int) -> dict:
     inputs = words.repeat(1, -(-prompt_tokens // words.shape[1]))[:, :prompt_tokens]
     options = dict(do_sample=False, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
     out = target.generate(inputs, assistant_model=assistant, return_dict_in_generate=True, **options)
-    layers = out.past_key_values.layers
+    layers = next(value for value in out.values() if isinstance(value, Cache)).layers
     drafters = sum(p.numel() * p.element_size() for p in assistant.parameters()) if assistant else 0
     return {
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

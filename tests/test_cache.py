@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache, QuantizedCache
 
 from hf_d2sd.cache import TreeCache, TreeLayer, check_supported
+from hf_d2sd.modeling import CACHE_NAME
 from hf_d2sd.target import Target
 from hf_d2sd.tree import CandidateTree
 
@@ -19,7 +20,7 @@ CLOSE = dict(atol=1e-4, rtol=1e-4)
 @torch.no_grad()
 def step(family: str, input_ids: torch.Tensor, cache):
     """Logits (T, V) of a plain forward that goes on from a cache."""
-    return tiny_target(family)(input_ids, past_key_values=cache, use_cache=True).logits[0]
+    return tiny_target(family)(input_ids, **{CACHE_NAME: cache}, use_cache=True).logits[0]
 
 
 def plain_cache(family: str, with_config: bool) -> DynamicCache:
@@ -228,7 +229,7 @@ class TestRefusals:
             check_supported(tiny_target(family).config, cache)
         with pytest.raises(ValueError):
             tiny_target(family).generate(
-                prompt(), past_key_values=cache, assistant_model=tiny_assistant(), max_new_tokens=4
+                prompt(), **{CACHE_NAME: cache}, assistant_model=tiny_assistant(), max_new_tokens=4
             )
 
     def test_a_static_cache(self):

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import DynamicCache, StaticCache
 
 from hf_d2sd import D2SDAssistant, D2SDConfig, D2SDDrafterModel, bind, tokenizer_fingerprint
+from hf_d2sd.modeling import CACHE_NAME
 
 
 def generate(target=None, assistant=None, inputs=None, **options):
@@ -244,16 +245,16 @@ class TestWhatCannotWork:
 
     def test_a_cache_that_holds_the_whole_prompt_is_refused(self):
         cache = DynamicCache()
-        tiny_target()(prompt(), past_key_values=cache)
+        tiny_target()(prompt(), **{CACHE_NAME: cache})
         with pytest.raises(ValueError, match="already holds 9 tokens and the prompt has 9"):
-            generate(past_key_values=cache)
+            generate(**{CACHE_NAME: cache})
 
     def test_other_caches_are_refused(self):
         static = StaticCache(config=tiny_target().config, max_cache_len=64)
         with pytest.raises(ValueError, match="got StaticCache"):
-            generate(past_key_values=static)
+            generate(**{CACHE_NAME: static})
         with pytest.raises(ValueError, match="an offloaded DynamicCache"):
-            generate(past_key_values=DynamicCache(config=tiny_target().config, offloading=True))
+            generate(**{CACHE_NAME: DynamicCache(config=tiny_target().config, offloading=True)})
 
     def test_an_image_cannot_be_split_over_prefill_chunks(self):
         with pytest.raises(ValueError, match="prefill_chunk_size=3 would split the inputs"):

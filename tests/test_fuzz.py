@@ -11,6 +11,7 @@ from tiny import VOCAB, OracleDrafts, prompt, tiny_drafter, tiny_target
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from hf_d2sd import D2SDAssistant
+from hf_d2sd.modeling import CACHE_NAME
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3_text", "gpt_oss")
 TOKEN = st.integers(0, VOCAB - 1)
@@ -90,8 +91,8 @@ def call(case, assistant=None):
     if case.warm is not None and case.warm < case.length:
         cache = DynamicCache(config=target.config) if case.warm_with_config else DynamicCache()
         with torch.no_grad():
-            target(input_ids[:, : case.warm], past_key_values=cache, use_cache=True)
-        options["past_key_values"] = cache
+            target(input_ids[:, : case.warm], **{CACHE_NAME: cache}, use_cache=True)
+        options[CACHE_NAME] = cache
     if case.stop is not None:
         options["stopping_criteria"] = StoppingCriteriaList([StopAt(*case.stop, case.length)])
     if case.returned is not None:
@@ -134,7 +135,7 @@ def check(case):
         assert got.tolist() == expected.tolist()
         return
     assert got.sequences.tolist() == expected.sequences.tolist()
-    assert got.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert got[CACHE_NAME].get_seq_length() == expected[CACHE_NAME].get_seq_length()
     for name in FLAGS:
         ours, plain = (getattr(out, name.removeprefix("output_")) for out in (got, expected))
         assert (ours is None) == (plain is None) == (name not in case.returned)

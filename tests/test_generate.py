@@ -20,6 +20,7 @@ from transformers.generation.utils import GenerationMixin
 import hf_d2sd
 from hf_d2sd import D2SDAssistant
 from hf_d2sd.cache import saved_contexts
+from hf_d2sd.modeling import CACHE_NAME
 
 NEW = 24
 LETTERS = "yzabcdefghijklmnopqrstuv"
@@ -196,9 +197,9 @@ class TestReturnedValues:
         expected = plain(family, return_dict_in_generate=True)
         OracleDrafts(monkeypatch, expected.sequences[0], 0.8)
         got = ours(tiny_assistant(4, 6), family, return_dict_in_generate=True)
-        assert type(got.past_key_values) is DynamicCache
-        assert got.past_key_values.get_seq_length() == got.sequences.shape[1] - 1
-        for layer, other in zip(got.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        assert type(got[CACHE_NAME]) is DynamicCache
+        assert got[CACHE_NAME].get_seq_length() == got.sequences.shape[1] - 1
+        for layer, other in zip(got[CACHE_NAME].layers, expected[CACHE_NAME].layers, strict=True):
             assert type(layer) is type(other)
             torch.testing.assert_close(layer.keys, other.keys, atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(layer.values, other.values, atol=1e-4, rtol=1e-4)
@@ -210,7 +211,7 @@ class TestWarmCaches:
     def turns(self, family, first_assistant, second_assistant, only_new=False, change=lambda cache: cache, count=NEW):
         """Two turns of a chat over one cache."""
         one = plain(family, return_dict_in_generate=True, assistant_model=first_assistant)
-        cache = change(one.past_key_values)
+        cache = change(one[CACHE_NAME])
         more = prompt(5, seed=7)
         whole = torch.cat([one.sequences, more], dim=1)
         inputs = {"input_ids": whole}
@@ -219,7 +220,7 @@ class TestWarmCaches:
         out = plain(
             family,
             inputs,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             assistant_model=second_assistant,
             return_dict_in_generate=True,
             max_new_tokens=count,
@@ -243,42 +244,42 @@ class TestWarmCaches:
     def test_a_copied_cache_leaves_the_original_as_it_was(self):
         pair = tiny_assistant(4, 6)
         out = ours(pair, return_dict_in_generate=True)
-        before = [layer.keys.clone() for layer in out.past_key_values.layers]
+        before = [layer.keys.clone() for layer in out[CACHE_NAME].layers]
         again = torch.cat([out.sequences, prompt(3, 5)], 1)
         for _ in range(2):
-            got = ours(pair, inputs={"input_ids": again}, past_key_values=copy.deepcopy(out.past_key_values))
+            got = ours(pair, inputs={"input_ids": again}, **{CACHE_NAME: copy.deepcopy(out[CACHE_NAME])})
             assert got.tolist() == plain(inputs={"input_ids": again}).tolist()
-        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(out.past_key_values.layers, before))
+        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(out[CACHE_NAME].layers, before))
 
     def test_a_cropped_cache_is_taken_over(self):
         pair = tiny_assistant(4, 6)
         out = ours(pair, return_dict_in_generate=True)
-        out.past_key_values.crop(-9)
+        out[CACHE_NAME].crop(-9)
         shorter = torch.cat([out.sequences[:, :-9], prompt(2, 5)], 1)
-        got = ours(pair, inputs={"input_ids": shorter}, past_key_values=out.past_key_values)
+        got = ours(pair, inputs={"input_ids": shorter}, **{CACHE_NAME: out[CACHE_NAME]})
         assert got.tolist() == plain(inputs={"input_ids": shorter}).tolist()
 
     def test_a_prompt_cache_made_by_a_forward_pass_is_taken_over(self):
         cache = DynamicCache()
-        tiny_target()(prompt()[:, :6], past_key_values=cache)
-        assert ours(tiny_assistant(4, 6), past_key_values=cache).tolist() == plain().tolist()
+        tiny_target()(prompt()[:, :6], **{CACHE_NAME: cache})
+        assert ours(tiny_assistant(4, 6), **{CACHE_NAME: cache}).tolist() == plain().tolist()
         assert cache.get_seq_length() == prompt().shape[1] + NEW - 1
 
     def test_the_drafters_remember_the_first_turn(self):
         """Their contexts cover every token of the target's cache, not only the second turn's."""
         pair = tiny_assistant(4, 6)
         out, _, _ = self.turns("llama", pair, pair)
-        _, contexts = saved_contexts(out.past_key_values)
+        _, contexts = saved_contexts(out[CACHE_NAME])
         for context in contexts:
             waiting = sum(features.shape[1] for features in context.waiting)
-            assert context.cache.get_seq_length() + waiting == out.past_key_values.get_seq_length()
+            assert context.cache.get_seq_length() + waiting == out[CACHE_NAME].get_seq_length()
 
     def test_a_cache_made_in_inference_mode_is_gone_on_from_outside_of_it(self):
         pair = tiny_assistant(4, 6)
         with torch.inference_mode():
             one = ours(pair, return_dict_in_generate=True)
         whole = torch.cat([one.sequences, prompt(5, seed=7)], dim=1).clone()
-        got = ours(pair, inputs={"input_ids": whole}, past_key_values=one.past_key_values)
+        got = ours(pair, inputs={"input_ids": whole}, **{CACHE_NAME: one[CACHE_NAME]})
         assert got.tolist() == plain(inputs={"input_ids": whole}).tolist()
 
     def test_another_pair_does_not_read_the_first_pairs_context(self):

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from tiny import prompt, tiny_assistant, tiny_drafter, tiny_target
 
+ROOT = Path(__file__).resolve().parents[1]
 SAVED_FILES = ["config.json", "configuration_d2sd.py", "model.safetensors", "modeling_d2sd.py"]
 WITHOUT_PACKAGE = """
     import sys
@@ -93,6 +95,13 @@ def with_package(folder, tmp_path_factory):
 
 def greedy() -> list[int]:
     return tiny_target().generate(prompt(), do_sample=False, max_new_tokens=16)[0].tolist()
+
+
+@pytest.mark.parametrize("card", sorted((ROOT / "hub_cards").glob("*/config.json")), ids=lambda path: path.parent.name)
+def test_a_pair_in_the_repository_holds_the_code_of_today(card):
+    """Save the pair again, or copy the files, when this fails."""
+    for source in (ROOT / "modeling").glob("*_d2sd.py"):
+        assert (card.parent / source.name).read_text() == source.read_text(), source.name
 
 
 def test_the_folder_holds_all_it_needs(folder):

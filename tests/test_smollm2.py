@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 
 from hf_d2sd import D2SDAssistant
+from hf_d2sd.modeling import CACHE_NAME
 
 ROOT = Path(__file__).parents[1]
 PAIR = ROOT / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
@@ -58,7 +59,7 @@ def test_a_second_turn_goes_on_from_the_first_turns_cache(smollm2, pair):
     more = tokenizer("\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", return_tensors="pt").input_ids
     whole = torch.cat([one.sequences, more], dim=1)
     options = dict(attention_mask=torch.ones_like(whole), do_sample=False, max_new_tokens=24)
-    ours = target.generate(whole, **options, past_key_values=one.past_key_values, assistant_model=pair)
+    ours = target.generate(whole, **options, **{CACHE_NAME: one[CACHE_NAME]}, assistant_model=pair)
     assert ours.tolist() == target.generate(whole, **options).tolist()
     assert pair.last_stats.prompt_tokens == more.shape[1] + 1
 

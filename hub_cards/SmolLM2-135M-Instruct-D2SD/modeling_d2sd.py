@@ -24,6 +24,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
 
 from .configuration_d2sd import D2SDConfig, D2SDDrafterConfig
 
+# What Transformers calls the argument and the output that hold keys and values: `cache` from 5.24 on.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 class D2SDAttention(nn.Module):
     """Block queries over the context's keys and the block's own, in both directions."""
@@ -54,7 +57,7 @@ class D2SDAttention(nn.Module):
         context: Tensor,  # (B, C, H): features of newly committed tokens
         position_embeddings: tuple[Tensor, Tensor],  # (B, C + Q, head_dim)
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         **kwargs,
     ) -> Tensor:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -68,8 +71,8 @@ class D2SDAttention(nn.Module):
         block = slice(cos.shape[-2] - query.shape[-2], None)  # queries are the block's positions, the last ones
         query = query * cos[..., block, :] + rotate_half(query) * sin[..., block, :]
         key = key * cos + rotate_half(key) * sin
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, _ = attend(
@@ -104,7 +107,7 @@ class D2SDPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "noise_embeds"
     _no_split_modules = ["D2SDDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -160,8 +163,9 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
         context_hidden_states: Tensor,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Denoise blocks of token embeddings, given features of the committed tokens.
@@ -173,21 +177,23 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             attention_mask: a ready mask (B, 1, Q, keys), one per layer type as a dict, a padding mask (B, keys), or
                 `None`: every query then sees every key.
             position_ids: (B, C + Q), positions of the context and of the block; by default they follow the cache.
-            past_key_values: keys and values of the earlier context. The new context's and the block's are appended;
-                whoever calls drops the block's.
+            cache: keys and values of the earlier context. The new context's and the block's are appended; whoever
+                calls drops the block's.
+            past_key_values: the name of `cache` before Transformers 5.24.
 
         Returns:
             `last_hidden_state` (B, Q, hidden_size), to be read by the target's LM head: slot k predicts the token at
             slot k.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DFlashCache(config=self.config)
+        cache = cache if cache is not None else past_key_values
+        if use_cache and cache is None:
+            cache = DFlashCache(config=self.config)
         context = self.hidden_norm(self.fc(context_hidden_states))
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             length = context.shape[1] + noise_embeds.shape[1]
             position_ids = torch.arange(past, past + length, device=noise_embeds.device)[None]
-        masks = self._masks_by_layer_type(noise_embeds, context.shape[1], attention_mask, past_key_values)
+        masks = self._masks_by_layer_type(noise_embeds, context.shape[1], attention_mask, cache)
 
         hidden_states = noise_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
@@ -197,25 +203,25 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
                 context,
                 position_embeddings=position_embeddings,
                 attention_mask=masks[layer_type],
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
     def _masks_by_layer_type(
-        self, noise_embeds: Tensor, context_length: int, attention_mask, past_key_values: Cache | None
+        self, noise_embeds: Tensor, context_length: int, attention_mask, cache: Cache | None
     ) -> dict[str, Tensor | None]:
         if isinstance(attention_mask, dict):
             return attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
             return dict.fromkeys(set(self.config.layer_types), attention_mask)
-        if past_key_values is None:
+        if cache is None:
             # The keys are longer than the queries by the context: a DFlashCache tells the mask functions so.
-            past_key_values = DFlashCache(config=self.config)
-            past_key_values.set_previous_accepted_tokens(context_length)
+            cache = DFlashCache(config=self.config)
+            cache.set_previous_accepted_tokens(context_length)
         create = {
             "full_attention": create_bidirectional_mask,
             "sliding_attention": create_bidirectional_sliding_window_mask,
@@ -225,7 +231,7 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
                 config=self.config,
                 inputs_embeds=noise_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
             )
             for layer_type in set(self.config.layer_types)
         }

@@ -5,6 +5,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
+from .modeling import CACHE_NAME
+
 _CONTEXTS = "_d2sd_contexts"  # attribute of a returned cache: the drafters' contexts of the tokens it holds
 
 
@@ -145,7 +147,7 @@ def check_supported(config, cache: Cache | None) -> None:
         kind = f"{'an offloaded ' if offloaded else ''}{type(cache).__name__}"
         raise ValueError(
             "D²SD decoding keeps a tree in its own preallocated cache and takes over a DynamicCache only; got "
-            f"{kind}. Drop `cache_implementation` and such a `past_key_values`, or generate without assistant_model."
+            f"{kind}. Drop `cache_implementation` and such a `{CACHE_NAME}`, or generate without assistant_model."
         )
     for layer, window in zip(cache.layers, windows):
         fits = type(layer) is DynamicLayer or (

@@ -85,7 +85,7 @@ class Drafter:
                 context_hidden_states=context,
                 position_ids=positions[None],
                 attention_mask=masks,
-                past_key_values=self.context.cache,
+                cache=self.context.cache,
             ).last_hidden_state
         self.context.cache.crop(-count * block_size)
         hidden = hidden.view(count, block_size, -1)[:, 1:]

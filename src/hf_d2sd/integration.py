@@ -14,7 +14,7 @@ from .cache import TreeCache, check_supported, save_contexts, saved_contexts
 from .choosing import Chooser, Record
 from .decoding import DecodingOptions, decode
 from .drafting import DraftContext, Drafter
-from .modeling import D2SDAssistant, D2SDDrafterModel
+from .modeling import CACHE_NAME, D2SDAssistant, D2SDDrafterModel
 from .stats import D2SDStats
 from .target import Target
 
@@ -180,12 +180,12 @@ def assisted_decode(
 ):
     """Decode one sequence with both drafters; takes and returns what `GenerationMixin._assisted_decoding` does.
 
-    A `past_key_values` of the user's is changed only at the end: an error on the way leaves it as it was.
+    A cache of the user's is changed only at the end: an error on the way leaves it as it was.
 
     Raises:
         ValueError: for a batch, padding, an option out of range, or a cache of another kind.
     """
-    user_cache = model_kwargs.pop("past_key_values", None)
+    user_cache = model_kwargs.pop(CACHE_NAME, None)
     model_kwargs.pop("output_hidden_states", None)
     check_supported(target.config, user_cache)
     new_tokens = _count_new_tokens(input_ids, user_cache, generation_config, model_kwargs)
@@ -214,7 +214,7 @@ def assisted_decode(
     save_contexts(user_cache, (weakref.ref(assistant), [drafter.context for drafter in drafters]))
     if not generation_config.return_dict_in_generate:
         return chooser.sequence.clone()
-    return GenerateDecoderOnlyOutput(sequences=chooser.sequence.clone(), past_key_values=user_cache, **vars(record))
+    return GenerateDecoderOnlyOutput(sequences=chooser.sequence.clone(), **{CACHE_NAME: user_cache}, **vars(record))
 
 
 def _empty_record(config: GenerationConfig) -> Record:
@@ -254,8 +254,8 @@ def _count_new_tokens(input_ids: Tensor, cache, generation_config: GenerationCon
     new_tokens = prompt.shape[1] - past if whole else prompt.shape[1]
     if new_tokens < 1:
         raise ValueError(
-            f"past_key_values already holds {past} tokens and the prompt has {prompt.shape[1]}: at least one token "
-            "must be new. Crop the cache by one token: `past_key_values.crop(-1)`."
+            f"{CACHE_NAME} already holds {past} tokens and the prompt has {prompt.shape[1]}: at least one token "
+            f"must be new. Crop the cache by one token: `{CACHE_NAME}.crop(-1)`."
         )
     divisible = ("attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
     extra = sorted(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .attention import MaskedAttention
 from .cache import TreeCache
 from .capturing import embeddings_first, select_layers
+from .modeling import CACHE_NAME
 from .tree import CandidateTree
 
 
@@ -64,7 +65,7 @@ class Target:
                 _without_last(input_ids, new_tokens - end),
                 next_sequence_length=end - start,
                 is_first_iteration=True,
-                past_key_values=self.cache,
+                **{CACHE_NAME: self.cache},
                 **kwargs,
             )
             logits, hidden_states = self._forward(**inputs)
@@ -81,7 +82,7 @@ class Target:
                 input_ids=tree.tokens[None],
                 position_ids=(self.position + tree.depths)[None],
                 attention_mask=mask,
-                past_key_values=self.cache,
+                **{CACHE_NAME: self.cache},
                 use_cache=True,
             )
         return TargetPass(logits[0], hidden_states)
