@@ -1,0 +1,34 @@
+"""The command `hf-d2sd`."""
+
+import importlib
+import json
+import sys
+
+from transformers import HfArgumentParser
+
+# name: module, its options (a dataclass), its function
+COMMANDS = {
+    "distill": ("training.distill", "DistillOptions", "distill"),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; what is wrong with its options or inputs is said in one line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = arguments[0] if arguments else "--help"
+    if name not in COMMANDS:
+        print(f"usage: hf-d2sd {{{','.join(COMMANDS)}}} [options]\n\nhf-d2sd COMMAND --help tells the options.")
+        raise SystemExit(0 if name in ("-h", "--help") else 2)
+    module_name, options_name, function_name = COMMANDS[name]
+    module = importlib.import_module(f".{module_name}", __package__)
+    options_class = getattr(module, options_name)
+    parser = HfArgumentParser(options_class, prog=f"hf-d2sd {name}", description=options_class.__doc__)
+    try:
+        (options,) = parser.parse_args_into_dataclasses(arguments[1:])
+        print(json.dumps(getattr(module, function_name)(options)))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"hf-d2sd {name}: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

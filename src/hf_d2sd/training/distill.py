@@ -1,0 +1,264 @@
+"""`hf-d2sd distill`: the target writes the text its drafters learn from."""
+
+import functools
+import json
+import random
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import tqdm
+
+from ..integration import tokenizer_fingerprint
+from .shards import Row, append_json_line, batched, read_json_lines, read_shard, shard_paths, write_shard
+
+_MARK = "\u241f"  # stands for the user's words where the chat template is opened
+
+
+@dataclass
+class DistillOptions:
+    """Write responses of a target to prompts, in shards; a run that was killed goes on where it stopped."""
+
+    target: str = field(metadata={"help": "folder or Hub id of the target"})
+    out: Path = field(metadata={"help": "folder for the shards"})
+    prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "JSON lines with `turns` (user turns), `messages`, or `prompt`"},
+    )
+    max_prompts: int | None = field(default=None, metadata={"help": "at most this many prompts of each file"})
+    self_prompts: int = field(default=0, metadata={"help": "prompts that the target writes itself"})
+    openings: str | None = field(
+        default=None, metadata={"help": "text file: beginnings of self-written prompts, one a line, used in turn"}
+    )
+    system: str | None = field(default=None, metadata={"help": "system message of every chat"})
+    template_options: str = field(
+        default="{}", metadata={"help": 'JSON options of the chat template, e.g. {"enable_thinking": true}'}
+    )
+    temperature: float = field(default=0.0, metadata={"help": "of responses; 0 is greedy"})
+    max_new_tokens: int = field(default=512, metadata={"help": "of a response"})
+    max_prompt_tokens: int = field(default=1024, metadata={"help": "longer prompts are left out"})
+    batch_size: int = field(default=64, metadata={"help": "chats side by side, and in a shard"})
+    dtype: str = field(default="bfloat16", metadata={"help": "of the target"})
+    device: str | None = field(default=None, metadata={"help": "of the target; default: a GPU if there is one"})
+    seed: int = 0
+
+    def __post_init__(self):
+        self.out = Path(self.out)
+        if self.temperature < 0 or self.max_new_tokens < 2 or self.batch_size < 1 or self.self_prompts < 0:
+            raise ValueError(
+                "temperature and self_prompts must be at least 0, batch_size at least 1, and max_new_tokens at least "
+                f"2; got {self.temperature}, {self.self_prompts}, {self.batch_size} and {self.max_new_tokens}."
+            )
+        if not self.prompts and not self.self_prompts:
+            raise ValueError("Nothing to answer: pass --prompts FILE, --self_prompts N, or both.")
+
+    @property
+    def generation(self) -> dict:
+        sampling = dict(do_sample=True, temperature=self.temperature) if self.temperature else dict(do_sample=False)
+        return dict(max_new_tokens=self.max_new_tokens, **sampling)
+
+
+def distill(options: DistillOptions) -> dict[str, int]:
+    """Write all shards that are not there yet; returns the counts of rows and tokens.
+
+    Raises:
+        ValueError: for prompts that cannot be read, a target without a chat template, or a folder that was begun with
+            other options.
+    """
+    writer = Writer(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    _keep_options(options, tokenizer_fingerprint(writer.tokenizer))
+    chats = read_chats(options.prompts, options.max_prompts, options.seed)
+    chats += [[text] for text in write_prompts(writer)]
+    chats = without_repetitions(chats)
+    # Neighbours of like length share a batch; the batches come in random order, so that any part is a fair sample.
+    chats.sort(key=lambda turns: (len(turns), len(turns[0]), turns))
+    batches = list(enumerate(batched(chats, options.batch_size)))
+    random.Random(options.seed).shuffle(batches)
+    for index, batch in tqdm(batches, desc="shards", smoothing=0.05):
+        path = options.out / f"rows-{index:05d}.safetensors"
+        if not path.exists():
+            write_shard(path, writer.answer(batch, seed=options.seed + index))
+    return count(options.out)
+
+
+def _keep_options(options: DistillOptions, tokenizer: str) -> None:
+    """Remember what the shards are made of.
+
+    Raises:
+        ValueError: if the folder was begun with something else, naming what differs.
+    """
+    free = {"out", "device"}
+    here = {name: value for name, value in asdict(options).items() if name not in free} | {"tokenizer": tokenizer}
+    path = options.out / "distill.json"
+    if not path.exists():
+        path.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+        return
+    there = json.loads(path.read_text(encoding="utf-8"))
+    differing = [name for name in here if here[name] != there.get(name)]
+    if differing:
+        listed = "; ".join(f"{name}: {there.get(name)!r} there, {here[name]!r} now" for name in differing)
+        raise ValueError(f"{options.out} was begun with other options ({listed}). Use another --out.")
+
+
+def read_chats(paths: list[str], limit: int | None, seed: int) -> list[list[str]]:
+    """The user turns of each line, in random order within a file.
+
+    Raises:
+        ValueError: naming file and line, where none of the known fields is there.
+    """
+    chats = []
+    for path in map(Path, paths):
+        found = [_user_turns(path, number, line) for number, line in read_json_lines(path)]
+        random.Random(seed).shuffle(found)
+        chats += found[:limit]
+    return chats
+
+
+def _user_turns(path: Path, number: int, line: dict) -> list[str]:
+    if "turns" in line:
+        turns = line["turns"]
+    elif "messages" in line:
+        turns = [message["content"] for message in line["messages"] if message["role"] == "user"]
+    else:
+        turns = [line.get("prompt")]
+    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise ValueError(
+            f"{path}, line {number}: expected `turns`, `messages` or `prompt` with text of the user's; found "
+            f"{sorted(line)}."
+        )
+    return turns
+
+
+def without_repetitions(chats: list[list[str]]) -> list[list[str]]:
+    """The first of those chats whose turns are equal but for case and white space."""
+    first = {}
+    for turns in chats:
+        first.setdefault(tuple(" ".join(turn.casefold().split()) for turn in turns), turns)
+    return list(first.values())
+
+
+def write_prompts(writer: "Writer") -> list[str]:
+    """Prompts that the target samples at the opened user's turn (arXiv 2406.08464), kept in `prompts.jsonl`."""
+    options = writer.options
+    if not options.self_prompts:
+        return []
+    path = options.out / "prompts.jsonl"
+    found: dict[str, None] = {}
+    batches = [line for _, line in read_json_lines(path)] if path.exists() else []
+    openings = Path(options.openings).read_text(encoding="utf-8").splitlines() if options.openings else []
+    openings = [opening.rstrip("\n") for opening in openings if opening.strip()] or [""]
+    with tqdm(total=options.self_prompts, desc="prompts") as bar:
+        index = 0
+        while len(found) < options.self_prompts:
+            if index == len(batches):
+                texts = writer.write_prompts(openings[index % len(openings)], seed=options.seed - 1 - index)
+                batches.append({"prompts": texts})
+                append_json_line(path, batches[-1])
+            found |= dict.fromkeys(batches[index]["prompts"])
+            bar.update(min(len(found), options.self_prompts) - bar.n)
+            index += 1
+            if index >= 20 and len(found) < index:
+                raise ValueError(
+                    f"{index} batches of {options.batch_size} gave only {len(found)} prompts: the target does not end "
+                    "a user's turn that it writes. Pass prompts of your own with --prompts."
+                )
+    return list(found)[: options.self_prompts]
+
+
+class Writer:
+    """The target, its tokenizer and its chat template."""
+
+    def __init__(self, options: DistillOptions):
+        self.options = options
+        self.tokenizer = AutoTokenizer.from_pretrained(options.target, padding_side="left")
+        if self.tokenizer.chat_template is None:
+            raise ValueError(f"The tokenizer of {options.target} has no chat template.")
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).to(device).eval()
+        eos = self.model.generation_config.eos_token_id
+        self.eos = [eos] if isinstance(eos, int) else list(eos or [self.tokenizer.eos_token_id])
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token_id = self.eos[0]
+        self._template = functools.partial(
+            self.tokenizer.apply_chat_template, tokenize=False, **json.loads(options.template_options)
+        )
+
+    def _render(self, messages: list[dict]) -> str:
+        system = [{"role": "system", "content": self.options.system}] if self.options.system else []
+        return self._template(system + messages, add_generation_prompt=True)
+
+    @functools.cached_property
+    def _open_turn(self) -> tuple[str, str]:
+        """The template around the user's words."""
+        before, after = self._render([{"role": "user", "content": _MARK}]).split(_MARK)
+        return before, after
+
+    def write_prompts(self, opening: str, seed: int) -> list[str]:
+        """One batch of prompts that begin with `opening`; those without an end, and very short ones, are left out."""
+        text = self._open_turn[0] + opening
+        torch.manual_seed(seed)
+        copies = [text] * self.options.batch_size
+        responses = self._generate(copies, do_sample=True, temperature=1.0, max_new_tokens=128)
+        texts = [
+            opening + self.tokenizer.decode(response, skip_special_tokens=True).rstrip()
+            for response in responses
+            if int(response[-1]) in self.eos
+        ]
+        return [text for text in texts if len(text.strip()) >= 12]
+
+    def answer(self, chats: list[list[str]], seed: int) -> list[Row]:
+        """A row for each turn of each chat, the turns before it and the target's replies being its prompt."""
+        torch.manual_seed(seed)
+        rows, open_chats = [], [(turns, []) for turns in chats]
+        for turn in range(max(map(len, chats))):
+            open_chats = [(turns, messages) for turns, messages in open_chats if turn < len(turns)]
+            for turns, messages in open_chats:
+                messages.append({"role": "user", "content": turns[turn]})
+            prompts = [self._render(messages) for _, messages in open_chats]
+            fits = [len(self._tokens(prompt)) <= self.options.max_prompt_tokens for prompt in prompts]
+            open_chats = [chat for chat, fit in zip(open_chats, fits) if fit]
+            prompts = [prompt for prompt, fit in zip(prompts, fits) if fit]
+            if not prompts:
+                break
+            responses = self._generate(prompts, **self.options.generation)
+            for prompt, response, (_, messages) in zip(prompts, responses, open_chats):
+                tokens = torch.tensor(self._tokens(prompt))
+                rows.append(Row(torch.cat([tokens, response]), len(tokens)))
+                text = self.tokenizer.decode(response, skip_special_tokens=True)
+                messages.append({"role": "assistant", "content": text})
+        return rows
+
+    def _tokens(self, prompt: str) -> list[int]:
+        return self.tokenizer(prompt, add_special_tokens=False).input_ids
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[str], **options) -> list[Tensor]:
+        """The response (R,) to each prompt, its end-of-sequence token included."""
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        output = self.model.generate(
+            **inputs.to(self.model.device),
+            **options,
+            pad_token_id=self.tokenizer.pad_token_id,
+            eos_token_id=self.eos,
+            cache_implementation="static",
+            disable_compile=self.model.device.type == "cpu",
+        )
+        responses = output[:, inputs.input_ids.shape[1] :].cpu()
+        ends = torch.isin(responses, torch.tensor(self.eos))
+        lengths = torch.where(ends.any(1), ends.int().argmax(1) + 1, responses.shape[1]).tolist()
+        return [response[:length] for response, length in zip(responses, lengths)]
+
+
+def count(folder: Path) -> dict[str, int]:
+    """Shards, rows, and tokens in prompts and in responses."""
+    totals = Counter(shards=0, rows=0, prompt_tokens=0, response_tokens=0)
+    for path in shard_paths(folder):
+        rows = read_shard(path)
+        prompt_tokens = sum(row.prompt_length for row in rows)
+        tokens = sum(len(row.tokens) for row in rows)
+        totals.update(shards=1, rows=len(rows), prompt_tokens=prompt_tokens, response_tokens=tokens - prompt_tokens)
+    return dict(totals)
