@@ -10,44 +10,17 @@ import time
 import pytest
 import torch
 import transformers as tf
-from tokenizers import Tokenizer, models, pre_tokenizers
+from words import WORDS, save_word_target
 
 from hf_d2sd.cli import main
 from hf_d2sd.training import distill as module
 from hf_d2sd.training.distill import DistillOptions, Writer, distill, without_repetitions
 from hf_d2sd.training.shards import Row, append_json_line, read_json_lines, read_rows, shard_paths, write_shard
 
-WORDS = ["<end>", "<user>", "<reply>", "<think>", "<system>", *"abcdefghijklmnopqrstuvwxyz"]
-TEMPLATE = (
-    "{% for m in messages %}{{ {'user': '<user>', 'system': '<system>', 'assistant': '<reply>'}[m['role']] }} "
-    "{{ m['content'] }} {% if m['role'] != 'user' %}<end> {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<reply>{% if enable_thinking %} <think>{% endif %}{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """A random Llama over 31 words; a user's turn ends with <reply>."""
-    folder = tmp_path_factory.mktemp("target")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="z"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", chat_template=TEMPLATE)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(1)
-    config = tf.LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=0,
-        initializer_range=0.5,
-    )
-    tf.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_word_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from transformers import HfArgumentParser
 # name: module, its options (a dataclass), its function
 COMMANDS = {
     "distill": ("training.distill", "DistillOptions", "distill"),
+    "train": ("training.trainer", "TrainOptions", "train"),
+    "join": ("training.pair", "JoinOptions", "join"),
 }
 
 
@@ -26,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         (options,) = parser.parse_args_into_dataclasses(arguments[1:])
         print(json.dumps(getattr(module, function_name)(options)))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise SystemExit(f"hf-d2sd {name}: {error}") from error
 
 

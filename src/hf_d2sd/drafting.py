@@ -77,7 +77,7 @@ class Drafter:
             ]
         )
         masks = self._masks(count, block_size, new, positions)
-        with _without_embed_norm(self._embed):
+        with without_embed_norm(self._embed):
             embeds = self._embed(blocks.view(1, -1))
         with self._attention.active():
             hidden = self.model(
@@ -175,7 +175,8 @@ def draft_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor], T
         return known[1]
     if type(head) is nn.Linear and head.weight.device.type != "meta":
         ids = model.draft_token_ids.to(head.weight.device)
-        weight, bias = head.weight[ids], head.bias[ids] if head.bias is not None else None
+        weight = head.weight.detach()[ids]
+        bias = head.bias.detach()[ids] if head.bias is not None else None
     else:
         weight, bias = _rows_by_calling(head, model.draft_token_ids, model.config.hidden_size)
     device = execution_device(model.fc)
@@ -199,7 +200,7 @@ def _rows_by_calling(head: nn.Module, ids: Tensor, width: int, chunk: int = 256)
 
 
 @contextlib.contextmanager
-def _without_embed_norm(embed: nn.Module):
+def without_embed_norm(embed: nn.Module):
     """Some targets norm their embeddings inside the module; drafters read them before that norm, as native DFlash."""
     norm = getattr(embed, "embed_norm", None)
     if norm is None:

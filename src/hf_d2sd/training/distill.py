@@ -13,7 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import tqdm
 
 from ..integration import tokenizer_fingerprint
-from .shards import Row, append_json_line, batched, read_json_lines, read_shard, shard_paths, write_shard
+from .shards import (
+    Row,
+    append_json_line,
+    batched,
+    read_json_lines,
+    read_shard,
+    refuse_other_options,
+    shard_paths,
+    write_shard,
+)
 
 _MARK = "\u241f"  # stands for the user's words where the chat template is opened
 
@@ -97,11 +106,7 @@ def _keep_options(options: DistillOptions, tokenizer: str) -> None:
     if not path.exists():
         path.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
         return
-    there = json.loads(path.read_text(encoding="utf-8"))
-    differing = [name for name in here if here[name] != there.get(name)]
-    if differing:
-        listed = "; ".join(f"{name}: {there.get(name)!r} there, {here[name]!r} now" for name in differing)
-        raise ValueError(f"{options.out} was begun with other options ({listed}). Use another --out.")
+    refuse_other_options(json.loads(path.read_text(encoding="utf-8")), here, options.out)
 
 
 def read_chats(paths: list[str], limit: int | None, seed: int) -> list[list[str]]:

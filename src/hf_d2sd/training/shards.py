@@ -54,6 +54,19 @@ def write_shard(path: Path, rows: list[Row]) -> None:
     )
 
 
+def refuse_other_options(there: dict, here: dict, folder: Path) -> None:
+    """What is in a folder must have been begun with the same options.
+
+    Raises:
+        ValueError: naming the options that differ, with both values.
+    """
+    differing = [
+        f"{name}: {there.get(name)!r} there, {here[name]!r} now" for name in here if here[name] != there.get(name)
+    ]
+    if differing:
+        raise ValueError(f"{folder} was begun with other options ({'; '.join(differing)}). Use another --out.")
+
+
 def shard_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("rows-*.safetensors"))
 

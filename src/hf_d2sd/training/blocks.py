@@ -1,0 +1,134 @@
+"""Blocks to train on: many out of each row, side by side in one forward, none of which sees another."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling import D2SDDrafterConfig
+from .shards import Row
+
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """N blocks of γ slots out of each of B rows; S = N·γ, T the longest row, F the features' width."""
+
+    context: Tensor  # (B, T, F)
+    tokens: Tensor  # (B, S), the mask token at slots that are not visible
+    position_ids: Tensor  # (B, T + S)
+    anchors: Tensor  # (B, N)
+    labels: Tensor  # (B, N, γ), NO_LABEL at visible slots and past the row's end
+    distance: Tensor  # (B, N, γ), from the last visible slot
+
+
+def draw_anchors(rows: Sequence[Row], count: int, generator: torch.Generator) -> Tensor:
+    """(B, N): a response position from each of N equal parts of every response, its last token left out."""
+    first = torch.tensor([row.prompt_length for row in rows])[:, None]
+    span = torch.tensor([row.response_length - 1 for row in rows])[:, None]
+    part = (torch.arange(count) + torch.rand(len(rows), count, generator=generator)) / count
+    return first + (part * span).long().clamp(max=span - 1)
+
+
+def draw_prefix_lengths(shape: tuple[int, ...], block_size: int, base: float, generator: torch.Generator) -> Tensor:
+    """v = 0..γ-2 kept tokens after the anchor, with P(v) ∝ base^v: the truncated geometric prior of Eq. 6.
+
+    Base 0 is the first drafter's case: the anchor alone is visible.
+    """
+    weights = torch.tensor(base) ** torch.arange(block_size - 1)
+    return torch.multinomial(weights, math.prod(shape), replacement=True, generator=generator).view(shape)
+
+
+def cut_blocks(
+    rows: Sequence[Row], features: Sequence[Tensor], anchors: Tensor, prefix_lengths: Tensor, config: D2SDDrafterConfig
+) -> Blocks:
+    """Blocks at `anchors` (B, N) that show the anchor and the `prefix_lengths` (B, N) tokens after it.
+
+    Args:
+        features: (T, F) of each row, on the device where the blocks shall be.
+    """
+    context = nn.utils.rnn.pad_sequence(list(features), batch_first=True)
+    device = context.device
+    tokens = nn.utils.rnn.pad_sequence([row.tokens for row in rows], batch_first=True).to(device)  # (B, T)
+    lengths = torch.tensor([len(row.tokens) for row in rows], device=device)[:, None, None]
+    anchors, prefix_lengths = anchors.to(device), prefix_lengths.to(device)
+
+    slot = torch.arange(config.block_size, device=device)
+    position = anchors[..., None] + slot  # (B, N, γ)
+    exists = position < lengths
+    real = tokens.gather(1, position.clamp(max=tokens.shape[1] - 1).flatten(1)).view_as(position)
+    visible = exists & (slot <= prefix_lengths[..., None])
+    past = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    return Blocks(
+        context=context,
+        tokens=torch.where(visible, real, config.mask_token_id).flatten(1),
+        position_ids=torch.cat([past, position.flatten(1)], dim=1),
+        anchors=anchors,
+        labels=torch.where(exists & ~visible, real, NO_LABEL),
+        distance=slot - prefix_lengths[..., None],
+    )
+
+
+def sees(query, key, anchors: Tensor, context_length: int, block_size: int, window: int | None = None) -> Tensor:
+    """The one rule: a block sees the context before its anchor, and itself in both directions.
+
+    Args:
+        query: index tensor into the S slots.
+        key: index tensor into the T context tokens, then the S slots.
+        anchors: (N,), of one row.
+        window: in sliding layers, the greatest distance at which a key is seen.
+    """
+    own_block = query // block_size
+    anchor = anchors[own_block]
+    in_context = key < context_length
+    key_slot = (key - context_length).clamp(min=0)
+    seen = torch.where(in_context, key < anchor, key_slot // block_size == own_block)
+    if window is not None:
+        key_at = torch.where(in_context, key, anchor + key_slot % block_size)
+        seen = seen & ((anchor + query % block_size - key_at).abs() <= window)
+    return seen
+
+
+def dense_mask(anchors: Tensor, context_length: int, block_size: int, window: int | None = None) -> Tensor:
+    """(B, 1, S, T + S), bool: `sees` for every pair."""
+    slots = anchors.shape[1] * block_size
+    query = torch.arange(slots, device=anchors.device)[:, None]
+    key = torch.arange(context_length + slots, device=anchors.device)[None]
+    rows = [sees(query, key, row, context_length, block_size, window) for row in anchors]
+    return torch.stack(rows)[:, None]
+
+
+def sparse_mask(anchors: Tensor, context_length: int, block_size: int, window: int | None = None):
+    """The same rule as a BlockMask of flex_attention, which skips what no query sees."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def rule(row, _, query, key):
+        return sees(query, key, anchors[row], context_length, block_size, window)
+
+    slots = anchors.shape[1] * block_size
+    return create_block_mask(rule, len(anchors), None, slots, context_length + slots, device=anchors.device)
+
+
+def masks_by_layer_type(blocks: Blocks, config: D2SDDrafterConfig) -> dict:
+    """What `D2SDDrafterModel.forward` takes as `attention_mask`, for its attention implementation."""
+    create = sparse_mask if config._attn_implementation == "flex_attention" else dense_mask
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return {
+        kind: create(blocks.anchors, blocks.context.shape[1], config.block_size, windows[kind])
+        for kind in set(config.layer_types)
+    }
+
+
+def batch_indices(lengths: Sequence[int], step: int, size: int, seed: int) -> list[int]:
+    """The rows of a step's batch, of about the same length; every row once an epoch, but for what is left over."""
+    epoch, index = divmod(step, len(lengths) // size)
+    rng = random.Random(f"{seed}-{epoch}")
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i] * rng.uniform(0.8, 1.25))
+    rng_offset = rng.randrange(len(lengths) % size + 1)  # which rows are left over changes from epoch to epoch
+    starts = list(range(rng_offset, len(lengths) - size + 1, size))
+    rng.shuffle(starts)
+    return order[starts[index] : starts[index] + size]

@@ -1,0 +1,168 @@
+"""A new drafter for a target, and the drafter in training: with the target's frozen embedding and head."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..drafting import draft_head, without_embed_norm
+from ..integration import tokenizer_fingerprint
+from ..modeling import D2SDDrafterConfig, D2SDDrafterModel, default_target_layer_ids
+from .blocks import NO_LABEL, Blocks, masks_by_layer_type
+from .losses import slot_losses, slot_weights
+from .shards import Row
+
+_KNOWN_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+
+def drafter_config(target, tokenizer, rows: Iterable[Row], **changes) -> D2SDDrafterConfig:
+    """A drafter with the shape of the target's own layers, unless `changes` (values that are not None) say otherwise.
+
+    The mask token is the tokenizer's, or a token that no row holds: the last such one.
+    """
+    text = target.config.get_text_config(decoder=True)
+    heads, layers = text.num_attention_heads, text.num_hidden_layers
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if "mask_token_id" not in changes:
+        changes["mask_token_id"] = tokenizer.mask_token_id
+    if changes["mask_token_id"] is None:
+        changes["mask_token_id"] = _unused_token(rows, text.vocab_size)
+    num_layers = changes.get("num_hidden_layers", 2)
+    settings = dict(
+        vocab_size=text.vocab_size,
+        hidden_size=target.get_input_embeddings().embedding_dim,
+        target_hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        hidden_act=getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu",
+        max_position_embeddings=text.max_position_embeddings,
+        rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
+        rope_parameters=_rope_parameters(getattr(text, "rope_parameters", None)),
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+        num_hidden_layers=num_layers,
+        num_target_layers=layers,
+        target_layer_ids=default_target_layer_ids(layers, num_layers),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+    return D2SDDrafterConfig(**{**settings, **changes})
+
+
+def _unused_token(rows: Iterable[Row], vocab_size: int) -> int:
+    unused = torch.ones(vocab_size, dtype=torch.bool)
+    for row in rows:
+        unused[row.tokens] = False
+    if not unused.any():
+        raise ValueError("Every token of the vocabulary occurs in the rows: name one with --mask_token.")
+    return int(unused.nonzero()[-1])
+
+
+def _rope_parameters(parameters: dict | None) -> dict | None:
+    """The target's, of its full-attention layers where they differ by layer; all of a head's dimensions turn."""
+    if parameters is None:
+        return None
+    parameters = parameters.get("full_attention", parameters)
+    if parameters.get("rope_type", "default") not in _KNOWN_ROPES:
+        parameters = {"rope_type": "default", "rope_theta": parameters["rope_theta"]}
+    return {name: value for name, value in parameters.items() if name != "partial_rotary_factor"}
+
+
+def new_drafter(
+    config: D2SDDrafterConfig, target, rows: Iterable[Row], init_layers: str, seed: int
+) -> D2SDDrafterModel:
+    """A drafter in float32 whose feature projection passes the last of its target layers through.
+
+    Args:
+        rows: whose tokens choose a pruned draft vocabulary.
+        init_layers: "random", or "target": a copy of the target's top layers.
+
+    Raises:
+        ValueError: if the target's layers have another shape than the drafter's.
+    """
+    torch.manual_seed(seed)
+    model = D2SDDrafterModel(config).float()
+    width = config.target_hidden_size
+    with torch.no_grad():
+        if config.hidden_size == width:
+            model.fc.weight.normal_(std=1e-3)
+            model.fc.weight[:, -width:] += torch.eye(width)
+        if config.draft_vocab_size is not None:
+            model.draft_token_ids.copy_(frequent_tokens(rows, config))
+    if init_layers == "target":
+        _copy_top_layers(model, target)
+    return model
+
+
+def frequent_tokens(rows: Iterable[Row], config: D2SDDrafterConfig, response_weight: int = 4) -> Tensor:
+    """(V',), ascending: the tokens that rows hold most often, and the end of the sequence; low ids where too few."""
+    counts = torch.zeros(config.vocab_size, dtype=torch.long)
+    for row in rows:
+        counts += row.tokens[: row.prompt_length].bincount(minlength=config.vocab_size)
+        counts += response_weight * row.tokens[row.prompt_length :].bincount(minlength=config.vocab_size)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    counts[[end for end in ends if end is not None]] = counts.max() + 1
+    return counts.argsort(descending=True, stable=True)[: config.draft_vocab_size].sort().values
+
+
+def _copy_top_layers(model: D2SDDrafterModel, target) -> None:
+    sources = target.get_decoder().layers[-len(model.layers) :]
+    for layer, source in zip(model.layers, sources, strict=True):
+        there = source.state_dict()
+        for name, tensor in layer.state_dict().items():
+            if name not in there or there[name].shape != tensor.shape:
+                seen = tuple(there[name].shape) if name in there else "missing"
+                raise ValueError(
+                    f"init_layers='target': the target's layers have {name} {seen}, the drafter's "
+                    f"{tuple(tensor.shape)}. Use init_layers='random', or widths like the target's."
+                )
+            tensor.copy_(there[name])
+    model.norm.load_state_dict(target.get_decoder().norm.state_dict())
+
+
+class Trainee(nn.Module):
+    """A drafter in training. Its parameters are the drafter's alone; the target's embedding and head are called."""
+
+    def __init__(self, model: D2SDDrafterModel, target, loss: str = "decay", tau: float = 4.0, chunk: int = 1024):
+        super().__init__()
+        self.model = model
+        self._loss, self._tau, self._chunk = loss, tau, chunk
+        head, dtype = draft_head(model, target.get_output_embeddings()), target.dtype
+        self._embed = (target.get_input_embeddings(),)  # in a tuple: no submodule
+        self._head = lambda hidden: head(hidden.to(dtype))
+        self._draft_index = None  # (V,): a token's index among the head's outputs
+        if model.config.draft_vocab_size is not None:
+            index = torch.full((model.config.vocab_size,), NO_LABEL)
+            index[model.draft_token_ids.cpu()] = torch.arange(model.config.draft_vocab_size)
+            self._draft_index = index
+
+    def hidden(self, blocks: Blocks) -> Tensor:
+        """(B, N, γ, H)."""
+        (embed,) = self._embed
+        with torch.no_grad(), without_embed_norm(embed):
+            embeds = embed(blocks.tokens)
+        dtype = self.model.fc.weight.dtype
+        output = self.model(
+            noise_embeds=embeds.to(blocks.context.device, dtype),
+            context_hidden_states=blocks.context.to(dtype),
+            position_ids=blocks.position_ids,
+            attention_mask=masks_by_layer_type(blocks, self.model.config),
+        )
+        return output.last_hidden_state.view(*blocks.labels.shape, -1)
+
+    def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss (), which slots are right (B, N, γ), and the draft's probability of the label (B, N, γ)."""
+        labelled = blocks.labels != NO_LABEL
+        labels = blocks.labels[labelled]
+        if self._draft_index is not None:
+            labels = self._draft_index.to(labels.device)[labels]  # outside the draft vocabulary: NO_LABEL
+        losses, right = slot_losses(self.hidden(blocks)[labelled], labels, self._head, self._chunk)
+        spread = torch.full(labelled.shape, torch.inf, device=losses.device)
+        spread[labelled] = torch.where(labels != NO_LABEL, losses.detach(), torch.inf)
+        weights = slot_weights(self._loss, spread, spread.isfinite() | spread.isnan(), blocks.distance, self._tau)
+        weights = weights[labelled]
+        hits = torch.zeros_like(labelled)
+        hits[labelled] = right
+        return (losses * weights).sum() / weights.sum().clamp(min=1e-9), hits, torch.exp(-spread)
