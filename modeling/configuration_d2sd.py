@@ -55,6 +55,8 @@ class D2SDDrafterConfig(_CheckedConfig):
         qk_norm (`bool`): whether queries and keys are normalised per head.
         layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each layer.
         sliding_window (`int`, *optional*): for sliding layers, the greatest distance at which a key is seen.
+        confidence_temperatures (`list[float]`, *optional*): for each of the γ-1 drafted positions, what its logits
+            are divided by before the confidence is taken; fitted by `hf-d2sd calibrate`.
         tokenizer_fingerprint (`str`, *optional*): see `hf_d2sd.tokenizer_fingerprint`; where set, a target's
             tokenizer that differs is refused.
 
@@ -88,6 +90,7 @@ class D2SDDrafterConfig(_CheckedConfig):
     target_hidden_size: int | None = None
     num_target_layers: int | None = None
     draft_vocab_size: int | None = None
+    confidence_temperatures: list[float] | None = None
     tokenizer_fingerprint: str | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -121,6 +124,12 @@ class D2SDDrafterConfig(_CheckedConfig):
         _require(
             self.draft_vocab_size is None or 1 <= self.draft_vocab_size <= self.vocab_size,
             f"draft_vocab_size is {self.draft_vocab_size}; it must lie between 1 and vocab_size={self.vocab_size}.",
+        )
+        temperatures = self.confidence_temperatures
+        _require(
+            temperatures is None or (len(temperatures) == self.block_size - 1 and min(temperatures) > 0),
+            f"confidence_temperatures is {temperatures}; it must hold {self.block_size - 1} positive numbers, one for "
+            "each drafted position.",
         )
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,

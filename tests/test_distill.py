@@ -127,6 +127,11 @@ class TestAKilledRun:
         distill(options(target, tmp_path / "unbroken", **settings))
         assert as_text(read_rows(out)) == as_text(read_rows(tmp_path / "unbroken"))
 
+    def test_it_can_stop_after_some_minutes(self, target, prompts, tmp_path):
+        distill(options(target, tmp_path / "out", prompts=[prompts], stop_after=0.0))
+        assert not shard_paths(tmp_path / "out")
+        assert distill(options(target, tmp_path / "out", prompts=[prompts]))["rows"] == 28
+
     def test_a_line_that_was_cut_off_is_written_again(self, tmp_path):
         path = tmp_path / "lines.jsonl"
         append_json_line(path, {"a": 1})

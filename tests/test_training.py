@@ -20,11 +20,11 @@ from hf_d2sd import D2SDAssistant, D2SDDrafterModel
 from hf_d2sd.training import trainer as module
 from hf_d2sd.training.blocks import (
     NO_LABEL,
-    batch_indices,
     cut_blocks,
     dense_mask,
     draw_anchors,
     draw_prefix_lengths,
+    epoch_batches,
     sparse_mask,
 )
 from hf_d2sd.training.distill import DistillOptions, distill
@@ -127,10 +127,16 @@ class TestBlocks:
 
     def test_every_row_comes_once_an_epoch_in_another_order(self):
         lengths = [(7 * i) % 50 + 4 for i in range(64)]
-        epochs = [[batch_indices(lengths, 8 * epoch + i, 8, seed=3) for i in range(8)] for epoch in range(3)]
+        epochs = [epoch_batches(lengths, epoch, 8, seed=3) for epoch in range(3)]
         for epoch in epochs:
             assert sorted(sum(epoch, [])) == list(range(64))
         assert epochs[0] != epochs[1] != epochs[2]
+        for batch in epochs[0]:
+            assert max(lengths[i] for i in batch) <= 2 * min(lengths[i] for i in batch) + 4
+
+    def test_rows_that_fill_no_batch_are_others_in_each_epoch(self):
+        left_out = {next(iter(set(range(9)) - set(sum(epoch_batches([5] * 9, e, 8, 0), [])))) for e in range(20)}
+        assert len(left_out) > 3
 
     @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gemma3_image"])
     def test_features_are_the_targets_hidden_states(self, family):
@@ -326,6 +332,13 @@ class TestARun:
 
 
 class TestAKilledRun:
+    def test_a_run_that_stops_after_some_minutes_goes_on(self, target, data, first, tmp_path):
+        train(options(target, data, tmp_path / "run", stop_after=0.0))
+        assert log_of(tmp_path / "run")[-1]["step"] == 4  # the first checkpoint
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(options(target, data, tmp_path / "run"))
+        assert log_of(tmp_path / "run") == log_of(first)
+
     def test_its_loss_curve_is_that_of_an_unbroken_one(self, target, data, first, tmp_path):
         """SIGKILL after the checkpoint at step 4, then again after that at step 8."""
         out = tmp_path / "killed"

@@ -10,6 +10,7 @@ from transformers import HfArgumentParser
 COMMANDS = {
     "distill": ("training.distill", "DistillOptions", "distill"),
     "train": ("training.trainer", "TrainOptions", "train"),
+    "calibrate": ("training.calibration", "CalibrateOptions", "calibrate"),
     "join": ("training.pair", "JoinOptions", "join"),
 }
 

@@ -92,7 +92,10 @@ class Drafter:
         return self._read(self._head(hidden.to(self._head_dtype)), blocks.device)
 
     def _read(self, logits: Tensor, device: torch.device) -> Draft:
-        logits = logits.float()
+        logits = logits.float()  # (K, γ-1, V)
+        temperatures = self.model.config.confidence_temperatures
+        if temperatures is not None:
+            logits = logits / logits.new_tensor(temperatures[: logits.shape[1]])[:, None]
         best = logits.max(-1)
         confidence = (best.values - logits.logsumexp(-1)).exp()
         tokens = best.indices

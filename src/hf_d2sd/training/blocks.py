@@ -123,12 +123,11 @@ def masks_by_layer_type(blocks: Blocks, config: D2SDDrafterConfig) -> dict:
     }
 
 
-def batch_indices(lengths: Sequence[int], step: int, size: int, seed: int) -> list[int]:
-    """The rows of a step's batch, of about the same length; every row once an epoch, but for what is left over."""
-    epoch, index = divmod(step, len(lengths) // size)
+def epoch_batches(lengths: Sequence[int], epoch: int, size: int, seed: int) -> list[list[int]]:
+    """The rows of an epoch's batches, each of about the same length; every row once, but for what is left over."""
     rng = random.Random(f"{seed}-{epoch}")
     order = sorted(range(len(lengths)), key=lambda i: lengths[i] * rng.uniform(0.8, 1.25))
-    rng_offset = rng.randrange(len(lengths) % size + 1)  # which rows are left over changes from epoch to epoch
-    starts = list(range(rng_offset, len(lengths) - size + 1, size))
-    rng.shuffle(starts)
-    return order[starts[index] : starts[index] + size]
+    skipped = rng.randrange(len(lengths) % size + 1)  # which rows are left over changes from epoch to epoch
+    batches = [order[start : start + size] for start in range(skipped, len(lengths) - size + 1, size)]
+    rng.shuffle(batches)
+    return batches

@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,6 +53,7 @@ class DistillOptions:
     batch_size: int = field(default=64, metadata={"help": "chats side by side, and in a shard"})
     dtype: str = field(default="bfloat16", metadata={"help": "of the target"})
     device: str | None = field(default=None, metadata={"help": "of the target; default: a GPU if there is one"})
+    stop_after: float | None = field(default=None, metadata={"help": "minutes; the same command then goes on"})
     seed: int = 0
 
     def __post_init__(self):
@@ -77,6 +79,7 @@ def distill(options: DistillOptions) -> dict[str, int]:
         ValueError: for prompts that cannot be read, a target without a chat template, or a folder that was begun with
             other options.
     """
+    started = time.monotonic()
     writer = Writer(options)
     options.out.mkdir(parents=True, exist_ok=True)
     _keep_options(options, tokenizer_fingerprint(writer.tokenizer))
@@ -89,6 +92,8 @@ def distill(options: DistillOptions) -> dict[str, int]:
     random.Random(options.seed).shuffle(batches)
     for index, batch in tqdm(batches, desc="shards", smoothing=0.05):
         path = options.out / f"rows-{index:05d}.safetensors"
+        if options.stop_after is not None and time.monotonic() - started > 60 * options.stop_after:
+            break
         if not path.exists():
             write_shard(path, writer.answer(batch, seed=options.seed + index))
     return count(options.out)
@@ -100,7 +105,7 @@ def _keep_options(options: DistillOptions, tokenizer: str) -> None:
     Raises:
         ValueError: if the folder was begun with something else, naming what differs.
     """
-    free = {"out", "device"}
+    free = {"out", "device", "stop_after"}
     here = {name: value for name, value in asdict(options).items() if name not in free} | {"tokenizer": tokenizer}
     path = options.out / "distill.json"
     if not path.exists():

@@ -152,6 +152,10 @@ class Trainee(nn.Module):
         )
         return output.last_hidden_state.view(*blocks.labels.shape, -1)
 
+    def logits(self, blocks: Blocks) -> Tensor:
+        """(M, V'): of the M slots that have labels."""
+        return self._head(self.hidden(blocks)[blocks.labels != NO_LABEL]).float()
+
     def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
         """The loss (), which slots are right (B, N, γ), and the draft's probability of the label (B, N, γ)."""
         labelled = blocks.labels != NO_LABEL

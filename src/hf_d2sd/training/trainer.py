@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers.utils.logging import tqdm
 
 from ..integration import bind
 from ..modeling import D2SDAssistant, D2SDDrafterModel
-from .blocks import Blocks, batch_indices, cut_blocks, draw_anchors, draw_prefix_lengths
+from .blocks import Blocks, cut_blocks, draw_anchors, draw_prefix_lengths, epoch_batches
 from .drafters import Trainee, drafter_config, new_drafter
 from .features import CachedFeatures, CachedRow, compute_features
 from .losses import SCHEMES
@@ -87,6 +88,7 @@ class TrainOptions:
     eval_tokens: int = field(default=64, metadata={"help": "new tokens of each"})
     save_every: int = field(default=100, metadata={"help": "updates"})
     log_every: int = field(default=20, metadata={"help": "updates"})
+    stop_after: float | None = field(default=None, metadata={"help": "minutes; the same command then goes on"})
     trackers: list[str] = field(default_factory=list, metadata={"help": "of accelerate: tensorboard, trackio, wandb"})
     seed: int = 0
 
@@ -149,6 +151,7 @@ class Trainer:
         if self.first is not None:
             self._first_trainee = Trainee(self.first, target, chunk=options.loss_chunk)
         self.step, self.best = 0, 0.0
+        self._epoch: tuple[int, list[list[int]]] | None = None  # the present epoch's batches
 
     # What is trained -------------------------------------------------------------------------------------------------
 
@@ -220,9 +223,7 @@ class Trainer:
     def blocks(self, forward: int) -> Blocks:
         """This device's blocks in a forward, counted from 0 over the whole run."""
         options, process = self.options, self.accelerator.process_index
-        lengths = [len(row.tokens) for row in self.rows]
-        indices = batch_indices(lengths, forward, self.batch_size, options.seed)
-        rows = [self.rows[i] for i in indices[process :: self.accelerator.num_processes]]
+        rows = [self.rows[i] for i in self._batch(forward)[process :: self.accelerator.num_processes]]
         generator = torch.Generator().manual_seed((1_000_003 * options.seed + forward) * 4096 + process)
         anchors = draw_anchors(rows, options.anchors, generator)
         prefix_lengths = draw_prefix_lengths(anchors.shape, options.block_size, options.prefix_base, generator)
@@ -232,6 +233,14 @@ class Trainer:
             on_policy = torch.rand(anchors.shape, generator=generator) < options.on_policy
             prefix_lengths = torch.where(on_policy, accepted, prefix_lengths)
         return cut_blocks(rows, features, anchors, prefix_lengths, self.trainee.model.config)
+
+    def _batch(self, forward: int) -> list[int]:
+        """The rows of a forward on all devices."""
+        epoch, index = divmod(forward, len(self.rows) // self.batch_size)
+        if self._epoch is None or self._epoch[0] != epoch:
+            lengths = [len(row.tokens) for row in self.rows]
+            self._epoch = epoch, epoch_batches(lengths, epoch, self.batch_size, self.options.seed)
+        return self._epoch[1][index]
 
     def features(self, rows: list[Row]) -> list[Tensor]:
         if isinstance(rows[0], CachedRow):
@@ -283,12 +292,15 @@ class Trainer:
     def run(self) -> dict:
         self.accelerator.init_trackers("hf-d2sd", config={k: str(v) for k, v in asdict(self.options).items()})
         measured = {}
+        started = time.monotonic()
         for window in self._windows():
             self._log(loss=window, lr=self.learning_rate())
             if self.step % self.options.eval_every == 0 or self.step == self.total_steps:
                 measured = self._evaluate()
             if self.step % self.options.save_every == 0 or self.step == self.total_steps:
                 self.save()
+                if self.options.stop_after is not None and time.monotonic() - started > 60 * self.options.stop_after:
+                    break
         self.accelerator.end_training()
         return {"step": self.step, **measured}
 
@@ -351,7 +363,18 @@ class Trainer:
 
     def _run_options(self) -> str:
         """What must be the same for a run to go on, as JSON."""
-        free = {"out", "data", "target", "first", "trackers", "save_every", "eval_rows", "features", "loss_chunk"}
+        free = {
+            "out",
+            "data",
+            "target",
+            "first",
+            "trackers",
+            "save_every",
+            "eval_rows",
+            "features",
+            "loss_chunk",
+            "stop_after",
+        }
         settings = {name: value for name, value in asdict(self.options).items() if name not in free}
         return json.dumps({**settings, "training_rows": len(self.rows), "processes": self.accelerator.num_processes})
 

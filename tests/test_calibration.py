@@ -1,0 +1,94 @@
+"""Calibration: temperatures are recovered, stored, used by decoding, and measured on rows they were not fitted on."""
+
+import json
+
+import pytest
+import torch
+from test_training import data, first, fresh_accelerator, target  # noqa: F401
+from tiny import OracleDrafts, prompt, tiny_drafter, tiny_target
+
+from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
+from hf_d2sd.drafting import Drafter
+from hf_d2sd.training.calibration import GRID, CalibrateOptions, Evidence, calibrate, confidences, fit, reliability
+
+
+def simulated(temperatures: list[float], count: int = 20_000, vocab: int = 12) -> Evidence:
+    """Tokens drawn from softmax(logits / T) of each slot: with those temperatures confidences are true rates."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(count, vocab, generator=generator)
+    slot = torch.randint(1, len(temperatures) + 1, (count,), generator=generator)
+    true = (logits / torch.tensor(temperatures)[slot - 1][:, None]).softmax(-1)
+    drawn = torch.multinomial(true, 1, generator=generator)[:, 0]
+    return Evidence(slot, confidences(logits), drawn == logits.argmax(-1))
+
+
+def test_the_temperatures_that_made_the_text_are_found():
+    true = [0.5, 1.0, 2.5]
+    for value, expected in zip(fit(simulated(true), block_size=4), true):
+        assert abs(value / expected - 1) < 0.08
+
+
+def test_a_slot_that_is_hardly_reached_takes_the_mean_of_the_others():
+    evidence = simulated([1.0, 2.0])
+    (alone,) = set(fit(Evidence(evidence.slot * 0 + 1, evidence.confidence, evidence.right), block_size=2))
+    assert fit(evidence, block_size=5)[2:] == [alone, alone]
+
+
+def test_the_error_is_that_of_a_brute_force_evaluation():
+    evidence = simulated([2.0, 2.0], count=500)
+    index = int((GRID - 1.0).abs().argmin())
+    bins: dict[int, list] = {}
+    for said, right in zip(evidence.confidence[:, index].tolist(), evidence.right.tolist()):
+        bins.setdefault(min(int(said * 10), 9), []).append((said, right))
+    error = sum(abs(sum(said for said, _ in part) - sum(right for _, right in part)) for part in bins.values()) / 500
+    assert abs(reliability(evidence, [1.0, 1.0])["expected_calibration_error"] - error) < 1e-3
+    assert reliability(evidence, [2.0, 2.0])["expected_calibration_error"] < error / 2
+
+
+def test_confidences_are_softmax_at_each_temperature():
+    logits = torch.randn(7, 5)
+    for column, temperature in enumerate(GRID.tolist()):
+        expected = (logits / temperature).softmax(-1).max(-1).values
+        torch.testing.assert_close(confidences(logits, chunk=3)[:, column], expected)
+
+
+def test_decoding_uses_them():
+    """The same tokens with other confidences: those of the logits over the temperatures."""
+    temperatures = [0.5, 2.0, 4.0]
+    plain, calibrated = tiny_drafter(4), tiny_drafter(4, confidence_temperatures=temperatures)
+    logits = torch.randn(2, 3, 24)
+    drafts = [Drafter(model, tiny_target())._read(logits, logits.device) for model in (plain, calibrated)]
+    assert drafts[0].tokens.equal(drafts[1].tokens)
+    expected = (logits / torch.tensor(temperatures)[:, None]).softmax(-1).max(-1).values
+    torch.testing.assert_close(drafts[1].confidence, expected)
+
+
+def test_text_stays_the_targets(monkeypatch):
+    second = tiny_drafter(4, seed=1, confidence_temperatures=[2.0] * 3)
+    pair = D2SDAssistant.from_drafters(tiny_drafter(4, confidence_temperatures=[0.3, 1.0, 3.0]), second)
+    plain = tiny_target().generate(prompt(), do_sample=False, max_new_tokens=24)
+    OracleDrafts(monkeypatch, plain[0], 0.5)
+    ours = tiny_target().generate(prompt(), assistant_model=pair, do_sample=False, max_new_tokens=24)
+    assert ours.tolist() == plain.tolist()
+
+
+def test_a_drafter_is_calibrated_in_place(target, data, first, tmp_path):  # noqa: F811
+    folder = tmp_path / "drafter"
+    D2SDDrafterModel.from_pretrained(first / "last").save_pretrained(folder)
+    weights = (folder / "model.safetensors").read_bytes()
+    plot = tmp_path / "plot.png"
+    result = calibrate(CalibrateOptions(folder, str(target), data, held_out=10, dtype="float32", plot=plot))
+    assert result["after"]["expected_calibration_error"] < result["before"]["expected_calibration_error"]
+    model = D2SDDrafterModel.from_pretrained(folder)
+    assert model.config.confidence_temperatures == result["temperatures"] and len(result["temperatures"]) == 3
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    json.dumps(result)
+    with pytest.raises(ValueError, match="0 held-out rows"):
+        calibrate(CalibrateOptions(folder, str(target), data, held_out=10**9, dtype="float32"))
+
+
+@pytest.mark.parametrize("temperatures", [[1.0], [1.0, 1.0, 0.0]])
+def test_temperatures_that_do_not_fit_the_block(temperatures):
+    with pytest.raises(ValueError, match="3 positive numbers"):
+        D2SDDrafterConfig(block_size=4, confidence_temperatures=temperatures)
