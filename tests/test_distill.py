@@ -56,6 +56,7 @@ class TestRows:
             "rows": 28,  # 25 pairs of letters, one of them again in capitals, two more, a second turn
             "prompt_tokens": sum(row.prompt_length for row in rows),
             "response_tokens": sum(row.response_length for row in rows),
+            "missing_shards": 0,
         }
 
     def test_a_second_turn_follows_the_targets_own_reply(self, target, prompts, tmp_path):
@@ -128,7 +129,8 @@ class TestAKilledRun:
         assert as_text(read_rows(out)) == as_text(read_rows(tmp_path / "unbroken"))
 
     def test_it_can_stop_after_some_minutes(self, target, prompts, tmp_path):
-        distill(options(target, tmp_path / "out", prompts=[prompts], stop_after=0.0))
+        counts = distill(options(target, tmp_path / "out", prompts=[prompts], stop_after=0.0))
+        assert counts["rows"] == 0 and counts["missing_shards"] == 7
         assert not shard_paths(tmp_path / "out")
         assert distill(options(target, tmp_path / "out", prompts=[prompts]))["rows"] == 28
 

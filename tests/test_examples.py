@@ -98,3 +98,23 @@ def test_a_pair_is_trained_stopped_resumed_joined_and_decodes(target_folder, dat
     options = dict(do_sample=False, max_new_tokens=16)
     plain = target.generate(prompt, **options)
     assert target.generate(prompt, **options, assistant_model=assistant).tolist() == plain.tolist()
+
+
+@pytest.mark.slow
+def test_the_script_for_smollm2_makes_a_pair_and_goes_on_where_it_stopped(tmp_path):
+    """All stages on the real target, with a few rows and steps; the first call stops in the text."""
+    import os
+
+    sizes = dict(MAX_PROMPTS=60, SELF_PROMPTS=8, FIRST_STEPS=6, SECOND_STEPS=6, ROWS=2, ANCHORS=8, BATCH_SIZE=16)
+    environment = {**os.environ, **{name: str(value) for name, value in sizes.items()}, "PYTHON": sys.executable}
+    command = [str(ROOT / "examples" / "train_smollm2.sh"), str(tmp_path / "run")]
+    stopped = subprocess.run(command, env={**environment, "STOP_AFTER": "0"}, capture_output=True, text=True)
+    assert stopped.returncode == 1 and "shards are missing" in stopped.stderr, stopped.stderr[-2000:]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for role in ("first", "second"):
+        losses = [json.loads(line) for line in (tmp_path / "run" / role / "log.jsonl").read_text().splitlines()]
+        assert losses[-1]["step"] == 6
+    pair = D2SDAssistant.from_pretrained(tmp_path / "run" / "pair")
+    assert all(len(drafter.config.confidence_temperatures) == 7 for drafter in pair.drafters)
+    assert sum(parameter.numel() for parameter in pair.parameters()) < 20e6

@@ -73,7 +73,7 @@ class DistillOptions:
 
 
 def distill(options: DistillOptions) -> dict[str, int]:
-    """Write all shards that are not there yet; returns the counts of rows and tokens.
+    """Write all shards that are not there yet; returns counts of rows, tokens and missing shards.
 
     Raises:
         ValueError: for prompts that cannot be read, a target without a chat template, or a folder that was begun with
@@ -96,7 +96,8 @@ def distill(options: DistillOptions) -> dict[str, int]:
             break
         if not path.exists():
             write_shard(path, writer.answer(batch, seed=options.seed + index))
-    return count(options.out)
+    missing = sum(not (options.out / f"rows-{index:05d}.safetensors").exists() for index, _ in batches)
+    return {**count(options.out), "missing_shards": missing}
 
 
 def _keep_options(options: DistillOptions, tokenizer: str) -> None:
