@@ -425,6 +425,25 @@ class TestErrors:
 
 
 @pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_rows(target, data, tmp_path):
+    """`accelerate launch` on two CPU processes of two rows each: the same batches with other blocks out of them."""
+    made = options(target, data, tmp_path / "two", rows=2)
+    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hf_d2sd.cli", "train"]
+    for name in "target data out target_layer_ids block_size anchors rows held_out dtype mixed_precision".split():
+        value = getattr(made, name)
+        command += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    for name in "log_every save_every eval_every max_steps eval_rows eval_tokens lr".split():
+        command += [f"--{name}", getattr(made, name)]
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = [line["loss"] for line in log_of(tmp_path / "two") if "loss" in line]
+    assert len(losses) == 16 and losses[-1] < losses[0]
+    train(options(target, data, tmp_path / "one", rows=4))
+    alone = [line["loss"] for line in log_of(tmp_path / "one") if "loss" in line]
+    assert abs(sum(losses) - sum(alone)) / 16 < 0.5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["first", "second"])
 def test_eight_rows_are_learned_by_heart(target, tmp_path, monkeypatch, role):
     """Decoding the prompts it was trained on, a drafter of γ = 8 commits at least 0.9 γ tokens in a target pass."""
