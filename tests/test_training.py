@@ -17,6 +17,7 @@ from tiny import FAMILIES, VOCAB, tiny_drafter, tiny_target
 from words import save_word_target
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterModel
+from hf_d2sd.training import loop
 from hf_d2sd.training import trainer as module
 from hf_d2sd.training.blocks import (
     NO_LABEL,
@@ -31,9 +32,10 @@ from hf_d2sd.training.distill import DistillOptions, distill
 from hf_d2sd.training.drafters import Trainee
 from hf_d2sd.training.features import CachedFeatures, compute_features
 from hf_d2sd.training.losses import slot_losses, slot_weights
+from hf_d2sd.training.options import TrainOptions
 from hf_d2sd.training.pair import JoinOptions, join
 from hf_d2sd.training.shards import Row, read_rows, shard_paths
-from hf_d2sd.training.trainer import TrainOptions, train
+from hf_d2sd.training.trainer import train
 
 
 @pytest.fixture(autouse=True)
@@ -300,14 +302,14 @@ class TestARun:
         moments = {name: tensor for name, tensor in trained.items() if name.endswith("/exp_avg")}
         AcceleratorState._reset_state(reset_partial_state=True)
         model = tf.AutoModelForCausalLM.from_pretrained(target).eval().requires_grad_(False)
-        trainer = module.Trainer(
+        trainer = module.DrafterRun(
             options(target, data, tmp_path / "other", accumulation=2, **settings),
             model,
             tf.AutoTokenizer.from_pretrained(target),
             module.Accelerator(mixed_precision="no"),
         )
         for forward in range(2):
-            (trainer.trainee(trainer.blocks(forward))[0] / 2).backward()
+            (trainer.trainee(trainer.batch_of(forward))[0] / 2).backward()
         for index, parameter in enumerate(trainer.trainee.parameters()):
             expected = 0.1 * parameter.grad  # AdamW's first moment after one update, at β₁ = 0.9
             torch.testing.assert_close(moments[f"optimizer/{index}/exp_avg"], expected, atol=1e-6, rtol=1e-3)
@@ -329,6 +331,54 @@ class TestARun:
         drafter = D2SDDrafterModel.from_pretrained(tmp_path / "run" / "last", dtype=torch.float32)
         for layer, source in zip(drafter.layers, model.model.layers[2:]):
             torch.testing.assert_close(layer.mlp.up_proj.weight, source.mlp.up_proj.weight, atol=0.01, rtol=0.01)
+
+
+class TestADraftLM:
+    """The autoregressive draft LM of the comparisons."""
+
+    def test_it_drafts_for_stock_assisted_decoding(self, target, data, tmp_path):
+        train(options(target, data, tmp_path / "lm", role="lm"))
+        losses = [line["loss"] for line in log_of(tmp_path / "lm") if "loss" in line]
+        assert losses[-1] < losses[0]
+        model = tf.AutoModelForCausalLM.from_pretrained(target).eval()
+        lm = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "lm" / "best", dtype=torch.float32).eval()
+        assert len(lm.model.layers) == 2 and lm.generation_config.num_assistant_tokens == 3
+        torch.testing.assert_close(lm.lm_head.weight, model.lm_head.weight, atol=0.01, rtol=0.01)
+        prompt = torch.tensor([[1, 5, 6, 2]])
+        plain = model.generate(prompt, do_sample=False, max_new_tokens=12)
+        ours = model.generate(prompt, assistant_model=lm, do_sample=False, max_new_tokens=12)
+        assert ours.tolist() == plain.tolist()
+
+    def test_a_copy_of_the_whole_target_is_right_everywhere(self, target, data, tmp_path):
+        """Four layers of four, copied: every draft is accepted, and the loss is the target's own."""
+        made = dict(role="lm", num_layers=4, init_layers="target", lr=0.0, max_steps=1, eval_tokens=13)
+        measured = train(options(target, data, tmp_path / "lm", **made))
+        assert measured["acceptance_length"] >= 3.2  # 13 tokens in four passes: 4 + 4 + 4 + 1
+
+    def test_it_is_resumed_exactly(self, target, data, tmp_path):
+        train(options(target, data, tmp_path / "whole", role="lm"))
+        train(options(target, data, tmp_path / "parts", role="lm", stop_after=0.0))
+        assert log_of(tmp_path / "parts")[-1]["step"] == 4
+        train(options(target, data, tmp_path / "parts", role="lm"))
+        assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+
+    def test_the_loss_is_that_of_the_response_alone(self, target, data):
+        from hf_d2sd.training.draft_lm import DraftLMTrainee
+
+        model = tf.AutoModelForCausalLM.from_pretrained(target).eval()
+        rows = read_rows(data)[:3]
+        total = count = 0
+        for row in rows:
+            logits = model(row.tokens[None]).logits[0, row.prompt_length - 1 : -1]
+            total += torch.nn.functional.cross_entropy(logits, row.tokens[row.prompt_length :], reduction="sum")
+            count += row.response_length
+        tokens = torch.nn.utils.rnn.pad_sequence([row.tokens for row in rows], batch_first=True)
+        place = torch.arange(tokens.shape[1])
+        ends = torch.tensor([[len(row.tokens)] for row in rows])
+        starts = torch.tensor([[row.prompt_length] for row in rows])
+        labels = torch.where((place >= starts) & (place < ends), tokens, NO_LABEL)
+        loss, _ = DraftLMTrainee(model, chunk=7)((tokens, labels))
+        torch.testing.assert_close(loss, total / count)
 
 
 class TestAKilledRun:
@@ -375,9 +425,9 @@ class TestErrors:
         train(options(target, data, tmp_path / "run", max_steps=16, save_every=4))
         before = (tmp_path / "run" / "checkpoint.safetensors").read_bytes()
         AcceleratorState._reset_state(reset_partial_state=True)
-        stock = module.Trainer.update
-        monkeypatch.setattr(module.Trainer, "total_steps", property(lambda self: 32))
-        monkeypatch.setattr(module.Trainer, "update", lambda self: stock(self) * torch.nan)
+        stock = loop.TrainingRun.update
+        monkeypatch.setattr(loop.TrainingRun, "total_steps", property(lambda self: 32))
+        monkeypatch.setattr(loop.TrainingRun, "update", lambda self: stock(self) * torch.nan)
         with pytest.raises(FloatingPointError, match="loss is nan at step 17.*--lr"):
             train(options(target, data, tmp_path / "run", max_steps=16, save_every=4))
         assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == before
@@ -451,7 +501,7 @@ def test_eight_rows_are_learned_by_heart(target, tmp_path, monkeypatch, role):
     prompts.write_text("".join(json.dumps({"prompt": f"{a} b"}) + "\n" for a in "abcdefgh"))
     data = tmp_path / "data"
     distill(DistillOptions(str(target), data, [str(prompts)], dtype="float32", max_new_tokens=129))
-    monkeypatch.setattr(module.Trainer, "_split", lambda self, rows: (rows, rows))
+    monkeypatch.setattr(loop.TrainingRun, "_split", lambda self, rows: (rows, rows))
     steps = {"first": 600, "second": 1200}[role]
     settings = dict(block_size=8, rows=8, anchors=32, mask_token="<think>", features="online", max_steps=steps)
     every = dict(log_every=100, save_every=steps, eval_every=steps, eval_rows=8, eval_tokens=129)

@@ -1,0 +1,80 @@
+"""The options of `hf-d2sd train`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .losses import SCHEMES
+
+
+@dataclass
+class TrainOptions:
+    """Train a drafter or a draft LM on rows of `hf-d2sd distill`; a run that was killed goes on from its checkpoint."""
+
+    target: str = field(metadata={"help": "folder or Hub id of the target"})
+    data: Path = field(metadata={"help": "folder of `hf-d2sd distill`"})
+    out: Path = field(metadata={"help": "folder of the run: checkpoint, log, the last and the best drafter"})
+    role: str = field(default="first", metadata={"help": "first, second, or lm", "choices": ["first", "second", "lm"]})
+    first: str | None = field(default=None, metadata={"help": "second: the trained first drafter, a folder or Hub id"})
+    features: str = field(
+        default="cache",
+        metadata={
+            "help": "cache: computed once, kept on disk; online: in each step",
+            "choices": ["cache", "online"],
+        },
+    )
+    block_size: int = field(default=16, metadata={"help": "γ"})
+    num_layers: int = field(default=2, metadata={"help": "of the drafter"})
+    target_layer_ids: list[int] | None = field(default=None, metadata={"help": "layers to read; default: spread out"})
+    intermediate_size: int | None = field(default=None, metadata={"help": "of the drafter; default: the target's"})
+    qk_norm: bool = field(default=True, metadata={"help": "norm queries and keys, as Qwen3 does"})
+    sliding_window: int | None = field(default=None, metadata={"help": "of all the drafter's layers; default: none"})
+    draft_vocab_size: int | None = field(default=None, metadata={"help": "how many frequent tokens; default: all"})
+    mask_token: str | None = field(default=None, metadata={"help": "default: the tokenizer's, or one the rows lack"})
+    init_layers: str = field(
+        default="random", metadata={"help": "random, or target: its top layers", "choices": ["random", "target"]}
+    )
+    loss: str = field(default="decay", metadata={"help": "weights of the slots", "choices": list(SCHEMES)})
+    tau: float | None = field(default=None, metadata={"help": "of decay; default: 7, 5, 4 from γ = 16, 10, 8 down"})
+    prefix_base: float = field(default=0.9, metadata={"help": "second: v kept tokens with P(v) ∝ base^v"})
+    on_policy: float = field(
+        default=0.5,
+        metadata={"help": "second: share of blocks kept up to where the first drafter is wrong (needs --first)"},
+    )
+    epochs: float = 6.0
+    max_steps: int | None = field(default=None, metadata={"help": "instead of epochs"})
+    rows: int = field(default=4, metadata={"help": "rows in a forward, on each device"})
+    anchors: int = field(default=64, metadata={"help": "blocks out of each row"})
+    max_length: int = field(default=3072, metadata={"help": "longer rows are cut"})
+    accumulation: int = field(default=1, metadata={"help": "forwards in an update"})
+    lr: float = 6e-4
+    warmup: float = field(default=0.04, metadata={"help": "share of the steps"})
+    weight_decay: float = 0.01
+    clip: float = field(default=1.0, metadata={"help": "greatest norm of the gradient"})
+    ema: float | None = field(default=None, metadata={"help": "decay of averaged weights, e.g. 0.999"})
+    mixed_precision: str = field(default="bf16", metadata={"help": "bf16 or no", "choices": ["bf16", "no"]})
+    attention: str = field(default="sdpa", metadata={"help": "sdpa, or flex_attention (CUDA): skips masked tiles"})
+    loss_chunk: int = field(default=1024, metadata={"help": "slots whose logits exist at a time"})
+    dtype: str = field(default="bfloat16", metadata={"help": "of the target"})
+    held_out: int = field(default=50, metadata={"help": "one row in so many is kept for evaluation"})
+    eval_every: int = field(default=500, metadata={"help": "updates"})
+    eval_rows: int = field(default=16, metadata={"help": "held-out prompts to decode"})
+    eval_tokens: int = field(default=64, metadata={"help": "new tokens of each"})
+    save_every: int = field(default=100, metadata={"help": "updates"})
+    log_every: int = field(default=20, metadata={"help": "updates"})
+    stop_after: float | None = field(default=None, metadata={"help": "minutes; the same command then goes on"})
+    trackers: list[str] = field(default_factory=list, metadata={"help": "of accelerate: tensorboard, trackio, wandb"})
+    seed: int = 0
+
+    def __post_init__(self):
+        self.data, self.out = Path(self.data), Path(self.out)
+        for name in "num_layers rows anchors accumulation loss_chunk eval_every save_every log_every".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.held_out < 2:
+            raise ValueError(f"held_out must be at least 2, one row in so many; got {self.held_out}.")
+        if self.role != "second":
+            self.prefix_base = self.on_policy = 0.0
+        elif self.first is None:
+            self.on_policy = 0.0
+        if self.tau is None:
+            self.tau = 7.0 if self.block_size >= 16 else 5.0 if self.block_size >= 10 else 4.0
