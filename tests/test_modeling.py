@@ -166,3 +166,43 @@ print(hf_d2sd.D2SDDrafterConfig().block_size)
         names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
         assert {"hf_d2sd/integration.py", "hf_d2sd/modeling/modeling_d2sd.py", "hf_d2sd/py.typed"} <= names
         assert not any(name.startswith(("tests", "modeling/")) for name in names)
+
+
+class TestLayerwiseFusion:
+    """Each layer weighs the target's layers in a way of its own (`feature_fusion="layerwise"`)."""
+
+    def inputs(self, model):
+        generator = torch.Generator().manual_seed(0)
+        width = model.config.hidden_size
+        return torch.randn(1, 4, width, generator=generator), torch.randn(1, 7, 2 * width, generator=generator)
+
+    def test_it_begins_as_shared_fusion(self):
+        shared, layerwise = tiny_drafter(), tiny_drafter(feature_fusion="layerwise")
+        layerwise.load_state_dict(shared.state_dict(), strict=False)
+        outputs = [model(*self.inputs(model)).last_hidden_state for model in (shared, layerwise)]
+        torch.testing.assert_close(*outputs)
+
+    def test_a_layer_sees_only_what_its_weights_let_through(self):
+        model = tiny_drafter(feature_fusion="layerwise", num_hidden_layers=1)
+        embeds, features = self.inputs(model)
+        model.layer_weights.data.copy_(torch.tensor([[1.0, 0.0]]))
+        other = features.clone()
+        other[..., features.shape[-1] // 2 :] += 1  # of the second target layer
+        assert model(embeds, features).last_hidden_state.equal(model(embeds, other).last_hidden_state)
+        model.layer_weights.data.fill_(1.0)
+        assert not model(embeds, features).last_hidden_state.equal(model(embeds, other).last_hidden_state)
+
+    def test_it_is_saved_and_decodes_the_targets_text(self, tmp_path):
+        model = tiny_drafter(feature_fusion="layerwise")
+        torch.nn.init.normal_(model.layer_weights)
+        model.save_pretrained(tmp_path)
+        loaded = D2SDDrafterModel.from_pretrained(tmp_path)
+        assert loaded.layer_weights.equal(model.layer_weights)
+        plain = tiny_target().generate(prompt(), do_sample=False, max_new_tokens=16)
+        pair = D2SDAssistant.from_drafters(loaded, model)
+        ours = tiny_target().generate(prompt(), assistant_model=pair, do_sample=False, max_new_tokens=16)
+        assert ours.tolist() == plain.tolist()
+
+    def test_another_name_is_refused(self):
+        with pytest.raises(ValueError, match="feature_fusion is 'both'"):
+            tiny_drafter(feature_fusion="both")

@@ -59,10 +59,13 @@ def random_blocks(drafter, rows, count=6, base=0.9, seed=0):
 
 
 class TestBlocks:
-    @pytest.mark.parametrize("sliding", [False, True])
-    def test_blocks_side_by_side_are_what_decoding_computes_for_each_alone(self, sliding):
-        windows = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=6) if sliding else {}
-        drafter, rows = tiny_drafter(6, **windows), random_rows(30, 21, 12)
+    @pytest.mark.parametrize("kind", ["plain", "sliding", "layerwise"])
+    def test_blocks_side_by_side_are_what_decoding_computes_for_each_alone(self, kind):
+        windows = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=6)
+        changes = {"plain": {}, "sliding": windows, "layerwise": {"feature_fusion": "layerwise"}}[kind]
+        drafter, rows = tiny_drafter(6, **changes), random_rows(30, 21, 12)
+        if kind == "layerwise":
+            torch.nn.init.normal_(drafter.layer_weights)
         blocks = random_blocks(drafter, rows)
         trainee = Trainee(drafter, tiny_target())
         with torch.no_grad():
@@ -293,6 +296,11 @@ class TestARun:
         ours = model.generate(prompt, assistant_model=pair, do_sample=False, max_new_tokens=16)
         assert ours.tolist() == plain.tolist()
         assert pair.last_stats.cycles > 0
+
+    def test_layerwise_fusion_learns_weights_of_its_own(self, target, data, tmp_path):
+        train(options(target, data, tmp_path / "run", feature_fusion="layerwise"))
+        weights = D2SDDrafterModel.from_pretrained(tmp_path / "run" / "last", dtype=torch.float32).layer_weights
+        assert weights.shape == (2, 2) and len(set(weights.flatten().tolist())) > 1
 
     def test_accumulated_forwards_are_one_update(self, target, data, tmp_path):
         """An update of two forwards moves the weights by the mean of their gradients."""

@@ -55,6 +55,8 @@ class D2SDDrafterConfig(_CheckedConfig):
         qk_norm (`bool`): whether queries and keys are normalised per head.
         layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each layer.
         sliding_window (`int`, *optional*): for sliding layers, the greatest distance at which a key is seen.
+        feature_fusion (`str`): `"shared"`, one projection of the features for all layers, or `"layerwise"`: each layer
+            first weighs the target's layers in a way of its own (after DFlare, arXiv 2606.02091).
         confidence_temperatures (`list[float]`, *optional*): for each of the γ-1 drafted positions, what its logits
             are divided by before the confidence is taken; fitted by `hf-d2sd calibrate`.
         tokenizer_fingerprint (`str`, *optional*): see `hf_d2sd.tokenizer_fingerprint`; where set, a target's
@@ -90,6 +92,7 @@ class D2SDDrafterConfig(_CheckedConfig):
     target_hidden_size: int | None = None
     num_target_layers: int | None = None
     draft_vocab_size: int | None = None
+    feature_fusion: str = "shared"
     confidence_temperatures: list[float] | None = None
     tokenizer_fingerprint: str | None = None
     bos_token_id: int | None = None
@@ -142,6 +145,10 @@ class D2SDDrafterConfig(_CheckedConfig):
             len(self.layer_types) == self.num_hidden_layers and set(self.layer_types) <= set(_LAYER_TYPES),
             f"layer_types is {self.layer_types}; it must name one of {_LAYER_TYPES} for each of the "
             f"{self.num_hidden_layers} layers.",
+        )
+        _require(
+            self.feature_fusion in ("shared", "layerwise"),
+            f"feature_fusion is {self.feature_fusion!r}; it must be 'shared' or 'layerwise'.",
         )
         _require(
             "sliding_attention" not in self.layer_types or self.sliding_window is not None,

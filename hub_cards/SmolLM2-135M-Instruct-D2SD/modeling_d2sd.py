@@ -147,6 +147,8 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
         self.layers = nn.ModuleList(D2SDDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config)
+        if config.feature_fusion == "layerwise":  # (layers, target layers): what each layer's context is made of
+            self.layer_weights = nn.Parameter(torch.ones(config.num_hidden_layers, len(config.target_layer_ids)))
         if config.draft_vocab_size is not None:
             self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
         self.post_init()
@@ -156,6 +158,8 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
         if isinstance(module, D2SDDrafterModel) and module.config.draft_vocab_size is not None:
             ids = torch.arange(module.config.draft_vocab_size, device=module.draft_token_ids.device)
             module.draft_token_ids.copy_(ids)
+        if isinstance(module, D2SDDrafterModel) and module.config.feature_fusion == "layerwise":
+            nn.init.ones_(module.layer_weights)
 
     def forward(
         self,
@@ -188,16 +192,17 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
         cache = cache if cache is not None else past_key_values
         if use_cache and cache is None:
             cache = DFlashCache(config=self.config)
-        context = self.hidden_norm(self.fc(context_hidden_states))
+        contexts = self._contexts(context_hidden_states)
+        context_length = context_hidden_states.shape[1]
         if position_ids is None:
             past = cache.get_seq_length() if cache is not None else 0
-            length = context.shape[1] + noise_embeds.shape[1]
+            length = context_length + noise_embeds.shape[1]
             position_ids = torch.arange(past, past + length, device=noise_embeds.device)[None]
-        masks = self._masks_by_layer_type(noise_embeds, context.shape[1], attention_mask, cache)
+        masks = self._masks_by_layer_type(noise_embeds, context_length, attention_mask, cache)
 
         hidden_states = noise_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
-        for layer, layer_type in zip(self.layers, self.config.layer_types):
+        for layer, layer_type, context in zip(self.layers, self.config.layer_types, contexts):
             hidden_states = layer(
                 hidden_states,
                 context,
@@ -210,6 +215,14 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             last_hidden_state=self.norm(hidden_states),
             **{CACHE_NAME: cache if use_cache else None},
         )
+
+    def _contexts(self, features: Tensor) -> list[Tensor]:
+        """(B, C, H) for each layer."""
+        if self.config.feature_fusion == "shared":
+            return [self.hidden_norm(self.fc(features))] * len(self.layers)
+        parts = features.unflatten(-1, (self.layer_weights.shape[1], -1))  # (B, C, target layers, width)
+        weighed = (parts * weights[:, None] for weights in self.layer_weights.to(features.dtype))
+        return [self.hidden_norm(self.fc(part.flatten(-2))) for part in weighed]
 
     def _masks_by_layer_type(
         self, noise_embeds: Tensor, context_length: int, attention_mask, cache: Cache | None

@@ -8,7 +8,7 @@ from .losses import SCHEMES
 
 @dataclass
 class TrainOptions:
-    """Train a drafter or a draft LM on rows of `hf-d2sd distill`; a run that was killed goes on from its checkpoint."""
+    """Train a drafter or a draft LM on rows of `hf-d2sd distill`; a killed run goes on from its checkpoint."""
 
     target: str = field(metadata={"help": "folder or Hub id of the target"})
     data: Path = field(metadata={"help": "folder of `hf-d2sd distill`"})
@@ -28,6 +28,13 @@ class TrainOptions:
     intermediate_size: int | None = field(default=None, metadata={"help": "of the drafter; default: the target's"})
     qk_norm: bool = field(default=True, metadata={"help": "norm queries and keys, as Qwen3 does"})
     sliding_window: int | None = field(default=None, metadata={"help": "of all the drafter's layers; default: none"})
+    feature_fusion: str = field(
+        default="shared",
+        metadata={
+            "help": "shared, or layerwise: own weights of the target's layers",
+            "choices": ["shared", "layerwise"],
+        },
+    )
     draft_vocab_size: int | None = field(default=None, metadata={"help": "how many frequent tokens; default: all"})
     mask_token: str | None = field(default=None, metadata={"help": "default: the tokenizer's, or one the rows lack"})
     init_layers: str = field(

@@ -112,6 +112,7 @@ def _new_model(
         target_layer_ids=options.target_layer_ids,
         intermediate_size=options.intermediate_size,
         qk_norm=options.qk_norm,
+        feature_fusion=options.feature_fusion,
         sliding_window=options.sliding_window,
         layer_types=["sliding_attention"] * options.num_layers if options.sliding_window else None,
         draft_vocab_size=options.draft_vocab_size,
