@@ -30,7 +30,7 @@ from hf_d2sd.training.blocks import (
 )
 from hf_d2sd.training.distill import DistillOptions, distill
 from hf_d2sd.training.drafters import Trainee
-from hf_d2sd.training.features import CachedFeatures, compute_features
+from hf_d2sd.training.features import CachedFeatures, compute_features, compute_teacher
 from hf_d2sd.training.losses import slot_losses, slot_weights
 from hf_d2sd.training.options import TrainOptions
 from hf_d2sd.training.pair import JoinOptions, join
@@ -193,7 +193,7 @@ class TestLoss:
             return hidden @ torch.ones(8, 11)
 
         hidden = torch.randn(103, 8, requires_grad=True)
-        losses, _ = slot_losses(hidden, torch.zeros(103, dtype=torch.long), head, chunk=10)
+        losses, _, _ = slot_losses(hidden, torch.zeros(103, dtype=torch.long), head, chunk=10)
         losses.sum().backward()
         assert max(sizes) == 10 and sum(sizes) == 2 * 103  # again in the backward pass
 
@@ -217,6 +217,46 @@ class TestLoss:
         outside = (blocks.labels >= 9) | (blocks.labels == NO_LABEL)
         assert outside.any() and not right[outside].any() and (probabilities[outside] == 0).all()
         assert loss.isfinite()
+
+
+class TestDistillation:
+    """`distill_top_k`: the target's likeliest tokens beside the one that it wrote."""
+
+    def test_the_teacher_is_the_targets_own_distribution(self):
+        rows = random_rows(14, 9)
+        for row, teacher in zip(rows, compute_teacher(tiny_target(), rows, top_k=3)):
+            with torch.no_grad():
+                expected = tiny_target()(row.tokens[None]).logits[0, :-1].log_softmax(-1).topk(3)
+            assert teacher.ids[1:].equal(expected.indices)
+            torch.testing.assert_close(teacher.log_probs[1:], expected.values, atol=1e-4, rtol=1e-4)
+            assert teacher.log_probs[0].isneginf().all()
+
+    @pytest.mark.parametrize("draft_vocab_size", [None, 9])
+    def test_the_loss_is_a_brute_force_mixture(self, draft_vocab_size):
+        drafter, rows = tiny_drafter(4, draft_vocab_size=draft_vocab_size), random_rows(20, 12)
+        generator = torch.Generator().manual_seed(0)
+        anchors = draw_anchors(rows, 5, generator)
+        prefix_lengths = draw_prefix_lengths(anchors.shape, 4, 0.9, generator)
+        features = [feature.clone() for feature in compute_features(tiny_target(), rows, [0, 2])]
+        teachers = compute_teacher(tiny_target(), rows, 3)
+        blocks = cut_blocks(rows, features, anchors, prefix_lengths, drafter.config, teachers)
+        trainee = Trainee(drafter, tiny_target(), "decay", tau=2.0, chunk=4, soft=0.3)
+        with torch.no_grad():
+            loss, _, _ = trainee(blocks)
+            logits = tiny_target().lm_head(trainee.hidden(blocks))[..., :draft_vocab_size].log_softmax(-1)
+        total = weights = 0.0
+        for b, n, slot in torch.cartesian_prod(torch.arange(2), torch.arange(5), torch.arange(4)).tolist():
+            label, place = int(blocks.labels[b, n, slot]), int(anchors[b, n]) + slot
+            if label == NO_LABEL or label >= logits.shape[-1]:
+                continue
+            soft = sum(
+                -math.exp(probability) * logits[b, n, slot, token]
+                for token, probability in zip(teachers[b].ids[place].tolist(), teachers[b].log_probs[place].tolist())
+                if token < logits.shape[-1]
+            )
+            weight = math.exp(-(int(blocks.distance[b, n, slot]) - 1) / 2.0)
+            total, weights = total + weight * (0.7 * -logits[b, n, slot, label] + 0.3 * soft), weights + weight
+        assert abs(float(loss) - float(total / weights)) < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +341,11 @@ class TestARun:
         train(options(target, data, tmp_path / "run", feature_fusion="layerwise"))
         weights = D2SDDrafterModel.from_pretrained(tmp_path / "run" / "last", dtype=torch.float32).layer_weights
         assert weights.shape == (2, 2) and len(set(weights.flatten().tolist())) > 1
+
+    def test_distillation_trains(self, target, data, tmp_path):
+        train(options(target, data, tmp_path / "run", distill_top_k=4))
+        losses = [line["loss"] for line in log_of(tmp_path / "run") if "loss" in line]
+        assert losses[-1] < losses[0]
 
     def test_accumulated_forwards_are_one_update(self, target, data, tmp_path):
         """An update of two forwards moves the weights by the mean of their gradients."""
@@ -472,6 +517,7 @@ class TestErrors:
             (dict(mask_token="nothing"), "no token of the target's tokenizer"),
             (dict(target_layer_ids=[0, 9]), r"\[0, 9\]"),
             (dict(block_size=1), "at least 2"),
+            (dict(distill_weight=1.5), "distill_weight between 0 and 1"),
             (dict(anchors=0), "anchors must be at least 1"),
             (dict(held_out=1), "held_out must be at least 2"),
             (dict(draft_vocab_size=10_000), "draft_vocab_size is 10000"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modeling import D2SDDrafterConfig
+from .features import Teacher
 from .shards import Row
 
 NO_LABEL = -100
@@ -24,6 +25,8 @@ class Blocks:
     anchors: Tensor  # (B, N)
     labels: Tensor  # (B, N, γ), NO_LABEL at visible slots and past the row's end
     distance: Tensor  # (B, N, γ), from the last visible slot
+    teacher_ids: Tensor | None = None  # (B, N, γ, k), the target's likeliest tokens at each slot
+    teacher_log_probs: Tensor | None = None  # (B, N, γ, k), theirs
 
 
 def draw_anchors(rows: Sequence[Row], count: int, generator: torch.Generator) -> Tensor:
@@ -44,12 +47,18 @@ def draw_prefix_lengths(shape: tuple[int, ...], block_size: int, base: float, ge
 
 
 def cut_blocks(
-    rows: Sequence[Row], features: Sequence[Tensor], anchors: Tensor, prefix_lengths: Tensor, config: D2SDDrafterConfig
+    rows: Sequence[Row],
+    features: Sequence[Tensor],
+    anchors: Tensor,
+    prefix_lengths: Tensor,
+    config: D2SDDrafterConfig,
+    teachers: Sequence[Teacher] = (),
 ) -> Blocks:
     """Blocks at `anchors` (B, N) that show the anchor and the `prefix_lengths` (B, N) tokens after it.
 
     Args:
         features: (T, F) of each row, on the device where the blocks shall be.
+        teachers: of each row, for distillation.
     """
     context = nn.utils.rnn.pad_sequence(list(features), batch_first=True)
     device = context.device
@@ -70,7 +79,18 @@ def cut_blocks(
         anchors=anchors,
         labels=torch.where(exists & ~visible, real, NO_LABEL),
         distance=slot - prefix_lengths[..., None],
+        teacher_ids=_at(position, [teacher.ids for teacher in teachers], 0),
+        teacher_log_probs=_at(position, [teacher.log_probs for teacher in teachers], -torch.inf),
     )
+
+
+def _at(position: Tensor, values: Sequence[Tensor], padding: float) -> Tensor | None:
+    """(B, N, γ, k): the rows' values (T, k) at `position` (B, N, γ); `None` without values."""
+    if not values:
+        return None
+    table = nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=padding).to(position.device)
+    rows = torch.arange(len(table), device=table.device)[:, None, None]
+    return table[rows, position.clamp(max=table.shape[1] - 1)]
 
 
 def sees(query, key, anchors: Tensor, context_length: int, block_size: int, window: int | None = None) -> Tensor:

@@ -52,7 +52,7 @@ class DraftLMTrainee(nn.Module):
         tokens, labels = batch  # (B, T) both
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
         labelled = labels[:, 1:] != NO_LABEL
-        losses, right = slot_losses(
+        losses, right, _ = slot_losses(
             hidden[labelled], labels[:, 1:][labelled], self.model.get_output_embeddings(), self._chunk
         )
         return losses.mean(), right

@@ -123,10 +123,25 @@ def _copy_top_layers(model: D2SDDrafterModel, target) -> None:
 
 
 class Trainee(nn.Module):
-    """A drafter in training. Its parameters are the drafter's alone; the target's embedding and head are called."""
+    """A drafter in training. Its parameters are the drafter's alone; the target's embedding and head are called.
 
-    def __init__(self, model: D2SDDrafterModel, target, loss: str = "decay", tau: float = 4.0, chunk: int = 1024):
+    Args:
+        loss: scheme of `slot_weights`, with its `tau`.
+        chunk: slots whose logits exist at a time.
+        soft: where blocks have a teacher, the share of the loss that is cross-entropy to it.
+    """
+
+    def __init__(
+        self,
+        model: D2SDDrafterModel,
+        target,
+        loss: str = "decay",
+        tau: float = 4.0,
+        chunk: int = 1024,
+        soft: float = 0.5,
+    ):
         super().__init__()
+        self._soft = soft
         self.model = model
         self._loss, self._tau, self._chunk = loss, tau, chunk
         head, dtype = draft_head(model, target.get_output_embeddings()), target.dtype
@@ -162,11 +177,18 @@ class Trainee(nn.Module):
         labels = blocks.labels[labelled]
         if self._draft_index is not None:
             labels = self._draft_index.to(labels.device)[labels]  # outside the draft vocabulary: NO_LABEL
-        losses, right = slot_losses(self.hidden(blocks)[labelled], labels, self._head, self._chunk)
+        teacher = None
+        if blocks.teacher_ids is not None:
+            ids = blocks.teacher_ids[labelled]
+            ids = ids if self._draft_index is None else self._draft_index.to(ids.device)[ids]
+            teacher = ids, blocks.teacher_log_probs[labelled]
+        losses, right, soft = slot_losses(self.hidden(blocks)[labelled], labels, self._head, self._chunk, teacher)
         spread = torch.full(labelled.shape, torch.inf, device=losses.device)
         spread[labelled] = torch.where(labels != NO_LABEL, losses.detach(), torch.inf)
         weights = slot_weights(self._loss, spread, spread.isfinite() | spread.isnan(), blocks.distance, self._tau)
         weights = weights[labelled]
         hits = torch.zeros_like(labelled)
         hits[labelled] = right
+        if teacher is not None:
+            losses = torch.lerp(losses, soft, self._soft)
         return (losses * weights).sum() / weights.sum().clamp(min=1e-9), hits, torch.exp(-spread)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,29 @@ from transformers.utils.logging import tqdm
 from ..capturing import embeddings_first, select_layers
 from ..target import execution_device
 from .shards import Row, batched, read_shard, shard_paths, write_atomically
+
+
+@torch.inference_mode()
+def compute_teacher(target, rows: Sequence[Row], top_k: int) -> list["Teacher"]:
+    """What the target thinks of each row's tokens; padding as in `compute_features`."""
+    tokens = nn.utils.rnn.pad_sequence([row.tokens for row in rows], batch_first=True)
+    tokens = tokens.to(execution_device(target.get_input_embeddings()))
+    hidden = target.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    head = target.get_output_embeddings()
+    teachers = []
+    for row, states in zip(rows, hidden):
+        best = head(states[: len(row.tokens) - 1]).float().log_softmax(-1).topk(top_k)
+        ids = nn.functional.pad(best.indices, (0, 0, 1, 0))  # the first token is nobody's guess
+        teachers.append(Teacher(ids, nn.functional.pad(best.values, (0, 0, 1, 0), value=-torch.inf)))
+    return teachers
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """At each token of a row, the k tokens that the target found likeliest in its place, given those before it."""
+
+    ids: Tensor  # (T, k)
+    log_probs: Tensor  # (T, k)
 
 
 @torch.inference_mode()

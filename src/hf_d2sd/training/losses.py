@@ -11,27 +11,38 @@ from .blocks import NO_LABEL
 SCHEMES = ("decay", "dpace")
 
 
-def slot_losses(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], chunk: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy (M,) of M slots, and whether their best token is right (M,).
+def slot_losses(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    chunk: int,
+    teacher: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy (M,) of M slots, whether their best token is right (M,), and the cross-entropy to a teacher (M,).
 
     Logits exist for `chunk` slots at a time, in the backward pass too: chunk · V numbers, whatever M is.
 
     Args:
         hidden: (M, H).
         labels: (M,), indices of the head's outputs, NO_LABEL where the head lacks the token: the loss is 0 there.
+        teacher: ids (M, k), as labels, and log-probabilities (M, k); without one the last output is 0.
     """
+    if teacher is None:
+        teacher = labels.new_zeros(len(labels), 0), hidden.new_zeros(len(labels), 0)
 
-    def part(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def part(hidden: Tensor, labels: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = head(hidden).float()
         losses = nn.functional.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
-        return losses, logits.argmax(-1) == labels
+        weights = torch.where(ids == NO_LABEL, 0.0, log_probs.exp())
+        said = logits.gather(-1, ids.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)
+        return losses, logits.argmax(-1) == labels, -(weights * said).sum(-1)
 
     parts = [
         checkpoint(part, *arguments, use_reentrant=False) if torch.is_grad_enabled() else part(*arguments)
-        for arguments in zip(hidden.split(chunk), labels.split(chunk))
+        for arguments in zip(*(tensor.split(chunk) for tensor in (hidden, labels, *teacher)))
     ]
-    losses, right = zip(*parts)
-    return torch.cat(losses), torch.cat(right)
+    losses, right, soft = map(torch.cat, zip(*parts))
+    return losses, right, soft
 
 
 def slot_weights(scheme: str, losses: Tensor, counted: Tensor, distance: Tensor, tau: float) -> Tensor:

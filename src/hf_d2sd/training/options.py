@@ -42,6 +42,8 @@ class TrainOptions:
     )
     loss: str = field(default="decay", metadata={"help": "weights of the slots", "choices": list(SCHEMES)})
     tau: float | None = field(default=None, metadata={"help": "of decay; default: 7, 5, 4 from γ = 16, 10, 8 down"})
+    distill_top_k: int = field(default=0, metadata={"help": "also learn the target's k likeliest tokens; 0: off"})
+    distill_weight: float = field(default=0.5, metadata={"help": "share of the loss that is about them"})
     prefix_base: float = field(default=0.9, metadata={"help": "second: v kept tokens with P(v) ∝ base^v"})
     on_policy: float = field(
         default=0.5,
@@ -79,6 +81,11 @@ class TrainOptions:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if self.held_out < 2:
             raise ValueError(f"held_out must be at least 2, one row in so many; got {self.held_out}.")
+        if self.distill_top_k < 0 or not 0 <= self.distill_weight <= 1:
+            raise ValueError(
+                "distill_top_k must be at least 0 and distill_weight between 0 and 1; got "
+                f"{self.distill_top_k} and {self.distill_weight}."
+            )
         if self.role != "second":
             self.prefix_base = self.on_policy = 0.0
         elif self.first is None:

@@ -12,7 +12,7 @@ from ..modeling import D2SDAssistant, D2SDDrafterModel
 from .blocks import Blocks, cut_blocks, draw_anchors, draw_prefix_lengths
 from .draft_lm import DraftLMRun
 from .drafters import Trainee, drafter_config, new_drafter
-from .features import CachedFeatures, CachedRow, compute_features
+from .features import CachedFeatures, CachedRow, compute_features, compute_teacher
 from .loop import TrainingRun
 from .options import TrainOptions
 from .shards import Row, read_rows
@@ -58,7 +58,8 @@ class DrafterRun(TrainingRun):
             with accelerator.main_process_first():
                 cache.fill(target, batch_size=options.rows)
             rows = cache.locate()
-        trainee = Trainee(model.to(accelerator.device), target, options.loss, options.tau, options.loss_chunk)
+        model.to(accelerator.device)
+        trainee = Trainee(model, target, options.loss, options.tau, options.loss_chunk, soft=options.distill_weight)
         if self.first is not None:
             self._first_trainee = Trainee(self.first, target, chunk=options.loss_chunk)
         super().__init__(options, target, accelerator, trainee, rows)
@@ -72,7 +73,8 @@ class DrafterRun(TrainingRun):
             accepted = self._accepted_by_first(rows, features, anchors).to("cpu").clamp(max=options.block_size - 2)
             on_policy = torch.rand(anchors.shape, generator=generator) < options.on_policy
             prefix_lengths = torch.where(on_policy, accepted, prefix_lengths)
-        return cut_blocks(rows, features, anchors, prefix_lengths, self.trainee.model.config)
+        teachers = compute_teacher(self.target, rows, options.distill_top_k) if options.distill_top_k else ()
+        return cut_blocks(rows, features, anchors, prefix_lengths, self.trainee.model.config, teachers)
 
     def features(self, rows: list[Row]) -> list[Tensor]:
         """(T, F) of each row."""
