@@ -256,7 +256,7 @@ class Writer:
             pad_token_id=self.tokenizer.pad_token_id,
             eos_token_id=self.eos,
             cache_implementation="static",
-            disable_compile=self.model.device.type == "cpu",
+            disable_compile=True,  # every batch has a width of its own: each would be compiled anew
         )
         responses = output[:, inputs.input_ids.shape[1] :].cpu()
         ends = torch.isin(responses, torch.tensor(self.eos))
