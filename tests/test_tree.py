@@ -11,6 +11,19 @@ from hf_d2sd.tree import FROM_FIRST, FROM_SECOND, FROM_TARGET, Branches, Candida
 ANCHOR = 7
 
 
+def merge_one(tokens, confidence, branches=None, max_depth=None, **options) -> CandidateTree:
+    """The tree of a batch of one: tokens and confidence are (γ-1,), those of branches (K, γ₂-1)."""
+    if branches is not None:
+        branches = Branches(branches.prefix_lengths[None], branches.tokens[None], branches.confidence[None])
+    if max_depth is not None:
+        max_depth = torch.tensor([max_depth])
+    tree = CandidateTree.merge(
+        torch.tensor([ANCHOR]), tokens[None], confidence[None], branches, max_depth=max_depth, **options
+    )
+    assert len(tree) == len(tree.row(0)), "a batch of one has no fillers"
+    return tree.row(0)
+
+
 class Case:
     """A first block and branches over a small vocabulary, so that rows share prefixes, as plain lists."""
 
@@ -36,9 +49,7 @@ class Case:
 
     def merge(self, **options) -> CandidateTree:
         confidence = torch.tensor(self.confidence, dtype=torch.float64)
-        return CandidateTree.merge(
-            torch.tensor(ANCHOR), torch.tensor(self.tokens), confidence, self.branches(), **options
-        )
+        return merge_one(torch.tensor(self.tokens), confidence, self.branches(), **options)
 
     def rows(self) -> list[list[tuple[int, float]]]:
         """(token, confidence) along the first block and along each branch, kept prefix included."""
@@ -176,7 +187,7 @@ def test_low_precision_confidences_keep_a_tree():
             torch.randint(0, 3, (4, 17), generator=generator),
             near_one[1:].bfloat16(),
         )
-        tree = CandidateTree.merge(torch.tensor(ANCHOR), tokens, near_one[0, :15].bfloat16(), branches, budget=12)
+        tree = merge_one(tokens, near_one[0, :15].bfloat16(), branches, budget=12)
         assert len(tree) == 12
         assert len(set(paths(tree))) == 12
         assert tree.depths.tolist() == [len(path) for path in paths(tree)]
@@ -187,7 +198,7 @@ def test_confidences_that_rounding_puts_above_one_keep_a_tree(budget):
     """A sure softmax may come out as 1 + 1e-7: a child must not outrank its parent for it."""
     above_one = torch.full((3, 7), 1.0) + 2e-7
     branches = Branches(torch.tensor([1, 3]), torch.arange(14).view(2, 7), above_one[1:])
-    tree = CandidateTree.merge(torch.tensor(ANCHOR), torch.arange(7) + 20, above_one[0], branches, budget=budget)
+    tree = merge_one(torch.arange(7) + 20, above_one[0], branches, budget=budget)
     assert len(set(paths(tree))) == budget
     assert tree.depths.tolist() == [len(path) for path in paths(tree)]
 
@@ -242,14 +253,14 @@ def test_what_a_branch_says_at_kept_positions_does_not_matter():
 def test_without_branches_the_tree_is_the_first_block():
     case = Case(1, block_size=6, num_branches=0)
     confidence = torch.tensor(case.confidence)
-    tree = CandidateTree.merge(torch.tensor(ANCHOR), torch.tensor(case.tokens), confidence)
+    tree = merge_one(torch.tensor(case.tokens), confidence)
     assert tree.tokens.tolist() == [ANCHOR, *case.tokens]
     assert tree.parents.tolist() == [-1, 0, 1, 2, 3, 4]
     assert case.merge().tokens.tolist() == tree.tokens.tolist(), "zero branches are no branches"
 
 
 def test_anchor_only_is_the_tree_of_plain_decoding():
-    tree = CandidateTree.anchor_only(torch.tensor(ANCHOR))
+    tree = CandidateTree.anchor_only(torch.tensor([ANCHOR])).row(0)
     assert len(tree) == 1
     assert (tree.tokens.tolist(), tree.parents.tolist(), tree.depths.tolist()) == ([ANCHOR], [-1], [0])
     assert (tree.ranks.tolist(), tree.scores.tolist(), tree.sources.tolist()) == ([0], [0.0], [FROM_TARGET])
@@ -273,3 +284,87 @@ def test_a_long_chain_sees_all_of_itself():
         zeros = torch.zeros(size, dtype=torch.long)
         chain = CandidateTree(zeros, torch.arange(size) - 1, torch.arange(size), zeros.float(), zeros)
         assert torch.equal(chain.visibility(), torch.ones(size, size).tril().bool())
+
+
+def batch(cases: list[Case], **options) -> CandidateTree:
+    """The cases' trees merged as one batch; all have the same shapes."""
+    branches = [case.branches() for case in cases]
+    return CandidateTree.merge(
+        torch.full((len(cases),), ANCHOR),
+        torch.tensor([case.tokens for case in cases]),
+        torch.tensor([case.confidence for case in cases], dtype=torch.float64),
+        Branches(*(torch.stack([getattr(b, name) for b in branches]) for name in vars(branches[0]))),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("fixed_size", [False, True])
+@pytest.mark.parametrize("budget", [None, 1, 6, 30])
+def test_each_row_of_a_batch_is_merged_as_if_alone(budget, fixed_size):
+    sizes = set()
+    for seed in range(40):
+        rng = random.Random(seed)
+        shape = dict(block_size=rng.randrange(2, 8), second_block_size=8, num_branches=rng.randrange(0, 6))
+        cases = [Case(seed * 10 + i, **shape, vocab=rng.choice([2, 6])) for i in range(5)]
+        depths = [rng.randrange(1, 9) for _ in cases]
+        trees = batch(cases, budget=budget, max_depth=torch.tensor(depths), fixed_size=fixed_size)
+        for row, (case, depth) in enumerate(zip(cases, depths)):
+            alone, got = case.merge(budget=budget, max_depth=depth), trees.row(row)
+            for name in ("tokens", "parents", "depths", "scores", "ranks"):
+                assert torch.equal(getattr(got, name), getattr(alone, name)), name
+            fillers = slice(len(got), None)
+            assert (trees.parents[row, fillers] == -1).all()
+            assert trees.visibility()[row, fillers].sum() == len(trees) - len(got), "a filler sees itself"
+            sizes.add((fixed_size, len(trees) - len(got)))
+    if budget != 1:
+        assert len(sizes) > 3, "rows must have fillers"
+
+
+def test_trees_of_a_fixed_size_never_change_their_shape():
+    sizes = {len(batch([Case(seed, 5, 7, 3)], budget=12, fixed_size=True)) for seed in range(50)}
+    assert sizes == {12}
+
+
+def random_forest(seed: int, rows: int, size: int) -> CandidateTree:
+    rng = random.Random(seed)
+    parents = [[-1] + [rng.choice([rng.randrange(node), node - 1]) for node in range(1, size)] for _ in range(rows)]
+    for row in parents:
+        count = rng.randrange(1, size + 1)
+        row[count:] = [-1] * (size - count)
+    depths = torch.tensor([[depth_of(row, node) for node in range(size)] for row in parents])
+    zeros = torch.zeros_like(depths)
+    return CandidateTree(zeros, torch.tensor(parents), depths, zeros.float(), zeros)
+
+
+def depth_of(parents, node):
+    return 0 if parents[node] == -1 else 1 + depth_of(parents, parents[node])
+
+
+def check_chains(tree: CandidateTree):
+    visible = tree.visibility()
+    chains, size = tree.chains(visible), len(tree)
+    assert sorted(chains.order.tolist()) == list(range(visible.shape[0] * size)), "every node is in one chain"
+    queries, keys = chains.query_starts.tolist(), chains.key_starts.tolist()
+    assert keys[-1] <= len(chains.keys)
+    for (q, q_end), (k, k_end) in zip(zip(queries, queries[1:]), zip(keys, keys[1:])):
+        assert k_end > k, "kernels do not take a segment without keys"
+        nodes, seen = chains.order[q:q_end].tolist(), chains.keys[k:k_end].tolist()
+        for at, node in enumerate(nodes):  # causal, aligned at the end
+            row, inside = divmod(node, size)
+            expected = {row * size + k for k, sees in enumerate(visible[row, inside].tolist()) if sees}
+            upto = seen[: len(seen) - len(nodes) + at + 1]
+            assert set(upto) == expected
+            assert len(upto) == len(expected)
+
+
+def test_chains_give_each_node_the_keys_it_sees():
+    for seed in range(60):
+        check_chains(random_forest(seed, rows=1 + seed % 3, size=1 + seed % 13))
+
+
+def test_chains_of_merged_trees_are_counted_without_asking_the_device():
+    for seed in range(40):
+        tree = batch([Case(seed * 3 + i, 5, 7, 3) for i in range(3)], budget=(None, 9)[seed % 2], fixed_size=True)
+        check_chains(tree)
+        bound = 3 * (4 * 7 + len(tree))
+        assert len(tree.chains(tree.visibility()).keys) <= bound

@@ -1,106 +1,423 @@
-"""Attention over a candidate tree: which keys each node sees, and the implementation that can be told so."""
+"""The attention of a tree pass: "d2sd_cascade" or a mask, and the one place that decides which.
+
+A cascade has two parts. The prefix part is all nodes of a row against its cached keys, without a mask. The small part
+is the nodes against each other, and, where a window is narrower than the context, against the few cached keys that
+only some nodes see. Both parts give the log-sum-exp (LSE) of their scores, by which they merge to what one attention
+over all keys would give. Nothing is as large as nodes times context.
+"""
 
 import contextlib
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from .cache import layer_windows
-from .tree import CandidateTree
+from .cache import TreeCache, TreeLayer, layer_windows
+from .kernels import CPU, KERNELS, Facts, Kernel, tokens_of
+from .tree import CandidateTree, Chains
 
 logger = logging.get_logger(__name__)
 
-_MASKABLE = ("sdpa", "eager")  # implementations of Transformers that take a 4-D mask
+NAME = "d2sd_cascade"
+MASKED = ("sdpa", "eager")  # attention of Transformers that takes a 4-D mask
 
 
 @dataclass(frozen=True)
-class MaskedAttention:
-    """An attention implementation that takes arbitrary masks, and why it is the one for a model."""
+class Nodes:
+    """The queries of one pass, N in each of B rows, and which of them see which. Shared by all layers."""
 
-    implementation: str
-    reason: str
-    windows: dict[str, int | None]  # the sliding window of each layer type
-    text_config: object
+    visible: Tensor  # (B, N, N) bool
+    depths: Tensor  # (B, N), positions after the anchor's
+    max_depth: int  # at least the greatest depth
+    tree: CandidateTree | None = None
+    block_size: int | None = None  # for the blocks of a draft: nodes see their own block, in both directions
 
     @classmethod
-    def for_model(cls, model) -> "MaskedAttention":
-        """Choose once for a model: its own implementation where that takes a 4-D mask, else SDPA or eager."""
-        text_config = model.config.get_text_config(decoder=True)
-        own = text_config._attn_implementation or "eager"
-        if own in _MASKABLE:
-            implementation, reason = own, "the model's own implementation takes tree masks"
-        else:
-            implementation = "sdpa" if getattr(_decoder(model), "_supports_sdpa", False) else "eager"
-            reason = f"the model's own {own!r} takes no tree mask and runs only the prefill"
-            logger.warning_once(f"D²SD runs candidate trees with {implementation!r} attention: {reason}.")
-        return cls(implementation, reason, layer_windows(model.config), text_config)
+    def of_tree(cls, tree: CandidateTree) -> "Nodes":
+        deepest = tree.max_depth if tree.max_depth is not None else len(tree) - 1
+        return cls(tree.visibility(), tree.depths, deepest, tree=tree)
 
-    def __str__(self) -> str:
-        return f"{self.implementation}: {self.reason}"
+    @classmethod
+    def of_blocks(cls, rows: int, count: int, block_size: int, device: torch.device) -> "Nodes":
+        """`count` blocks in each row that stand at the same positions and do not see each other."""
+        block = torch.arange(count, device=device).repeat_interleave(block_size)
+        depths = torch.arange(block_size, device=device).repeat(count)
+        visible = (block[:, None] == block).expand(rows, -1, -1)
+        return cls(visible, depths.expand(rows, -1), block_size - 1, block_size=block_size)
 
-    @contextlib.contextmanager
-    def active(self):
-        """Within, the model's forward uses this implementation; afterwards its own again, also after an error."""
-        own = self.text_config._attn_implementation_internal
-        try:
-            self.text_config._attn_implementation_internal = self.implementation
-            yield
-        finally:
-            self.text_config._attn_implementation_internal = own
+    def __len__(self) -> int:
+        return self.depths.shape[1]
 
-    def as_mask(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
-        """From which keys are seen, (Q, keys) bool, to the mask (1, 1, Q, keys) that the implementation takes."""
-        if self.implementation == "sdpa":
-            return seen[None, None]
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+    def segments(self) -> Chains:
+        """What attends to what as packed sequences: a tree's chains, or the blocks."""
+        if self.tree is not None:
+            return self.tree.chains(self.visible)
+        rows, size = self.depths.shape
+        every = torch.arange(rows * size, device=self.depths.device)
+        starts = torch.arange(0, rows * size + 1, self.block_size, device=every.device, dtype=torch.int32)
+        return Chains(every, starts, every, starts)
 
-    def tree_masks(self, tree: CandidateTree, position: int, lengths: dict[str, int], dtype: torch.dtype):
-        """What a target's forward takes as `attention_mask` for the tree's nodes.
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the layers of one type need to know of a pass, as tensors of fixed shapes on one device."""
+
+    bounds: Tensor  # (B, 2): of each row's stored keys, all nodes see those from bounds[b, 0] up to bounds[b, 1]
+    edge: Tensor | None  # (B, E), slots of the keys before them that some nodes see; `None`: there are none
+    mask: Tensor | None  # (B or 1, 1, N, E + N), added to the scores of the small part; `None`: `segments` say it
+    prefix: list[Tensor]  # int32 starts of the prefix part as packed sequences: queries and keys, (2·B + 1,) each
+    segments: list[Tensor]  # of the small part as packed sequences: the fields of `Chains`
+    longest: int  # at least the longest row's stored keys
+    deepest: int  # at least the nodes of any segment, less one
+    causal: bool
+    has_prefix: bool  # whether any key is seen by all nodes
+
+    def to(self, device: torch.device) -> "LayerPlan":
+        def moved(value):
+            if isinstance(value, list):
+                return [tensor.to(device) for tensor in value]
+            return value.to(device) if torch.is_tensor(value) else value
+
+        return LayerPlan(**{name: moved(value) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """One pass's plans for the layers of each type. Models hand it to their layers in the attention mask's place."""
+
+    kernel: Kernel
+    layer_types: list[str]
+    plans: dict[str, LayerPlan]
+    elsewhere: dict = field(default_factory=dict)  # copies on other devices, for targets that are spread
+
+    def of_layer(self, layer: int, device: torch.device) -> LayerPlan:
+        layer_type = self.layer_types[layer]
+        plan = self.plans[layer_type]
+        if plan.bounds.device == device:
+            return plan
+        if (layer_type, device) not in self.elsewhere:
+            self.elsewhere[layer_type, device] = plan.to(device)
+        return self.elsewhere[layer_type, device]
+
+
+_active: list[TreePlan | None] = [None]  # of the pass that runs
+
+
+def _current_plan(*args, **kwargs) -> TreePlan | None:
+    """As Transformers' mask function of this attention: what every layer gets as its attention mask."""
+    return _active[0]
+
+
+def _attend(
+    module,
+    query: Tensor,  # (B, Hq, N, D)
+    key: Tensor,  # (B, Hk, keys, D): stored ones, at the end the nodes' own
+    value: Tensor,
+    attention_mask: TreePlan,
+    scaling: float | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """As Transformers' attention function of this name; `s_aux` (Hq,) are attention sinks."""
+    plan = attention_mask.of_layer(module.layer_idx, query.device)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = _cascade_op if torch.compiler.is_compiling() else cascade
+    output = call(
+        query,
+        key,
+        value,
+        plan.bounds,
+        plan.edge,
+        plan.mask,
+        plan.prefix,
+        plan.segments,
+        s_aux,
+        attention_mask.kernel.name,
+        scaling,
+        softcap or 0.0,
+        plan.longest,
+        plan.deepest,
+        plan.causal,
+        plan.has_prefix,
+    )
+    return output, None
+
+
+def cascade(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    edge: Tensor | None,
+    mask: Tensor | None,
+    prefix: list[Tensor],
+    segments: list[Tensor],
+    sinks: Tensor | None,
+    kernel: str,
+    scaling: float,
+    softcap: float,
+    longest: int,
+    deepest: int,
+    causal: bool,
+    has_prefix: bool,
+) -> Tensor:
+    """Attention of the nodes to the prefix and to each other, (B, N, Hq, D). For arguments see `LayerPlan`."""
+    run = KERNELS[kernel]
+    num_nodes = query.shape[2]
+    nodes = slice(key.shape[2] - num_nodes, None)
+    if mask is None:
+        out, lse = _over_segments(run, query, key[:, :, nodes], value[:, :, nodes], segments, deepest, causal, scaling,
+                                  softcap)  # fmt: skip
+    else:
+        few = [_with_edge(states, nodes, edge) for states in (key, value)]
+        out, lse = run.masked(query, *few, mask, scaling, softcap)
+    if has_prefix:
+        over_prefix = run.over_prefix(query, key, value, bounds, prefix, longest, scaling, softcap)
+        out, lse = merge(out, lse, *over_prefix)
+    if sinks is not None:
+        out = out * torch.sigmoid(lse - sinks[:, None])[..., None].to(out.dtype)
+    return out.transpose(1, 2).contiguous()
+
+
+def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two attentions over different keys as one: outputs (B, H, N, D), LSEs (B, H, N) in float32."""
+    share = torch.sigmoid(other_lse - lse)[..., None]
+    merged = torch.lerp(out.float(), other_out.float(), share)
+    return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
+
+
+def _with_edge(states: Tensor, nodes: slice, edge: Tensor | None) -> Tensor:
+    """(B, Hk, E + N, D): the keys or values that some nodes see and others do not."""
+    own = states[:, :, nodes]
+    if edge is None:
+        return own
+    index = edge[:, None, :, None].expand(*states.shape[:2], -1, states.shape[3])
+    return torch.cat([states.gather(2, index), own], dim=2)
+
+
+def _over_segments(run, query, key, value, segments, deepest, causal, scaling, softcap) -> tuple[Tensor, Tensor]:
+    """The small part as packed sequences: chains, causal and aligned at the end, or blocks in both directions."""
+    order, query_starts, keys, key_starts = segments
+    packed = (tokens_of(states)[keys] for states in (key, value))
+    rows, heads, num_nodes, width = query.shape
+    queries = query.transpose(1, 2).reshape(-1, heads, width)[order]
+    out, lse = run.varlen(
+        queries, *packed, query_starts, key_starts, deepest + 1, deepest + 1, causal, scaling, softcap
+    )
+    out = torch.empty_like(out).index_copy_(0, order, out).view(rows, num_nodes, heads, width)
+    lse = torch.empty_like(lse).index_copy_(1, order, lse).view(heads, rows, num_nodes)
+    return out.transpose(1, 2), lse.transpose(0, 1)
+
+
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor bounds, Tensor? edge, Tensor? mask, Tensor[] prefix, "
+    "Tensor[] segments, Tensor? sinks, str kernel, float scaling, float softcap, int longest, int deepest, "
+    "bool causal, bool has_prefix) -> Tensor"
+)
+_cascade_op = torch.library.custom_op("hf_d2sd::cascade", cascade, mutates_args=(), schema=_SCHEMA)
+
+
+@_cascade_op.register_fake
+def _(query, *args, **kwargs):
+    return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _current_plan)
+
+
+@dataclass(frozen=True)
+class TreeAttention:
+    """How a model attends in a tree pass, and why so. The prefill keeps the model's own implementation."""
+
+    backend: str
+    reason: str
+    implementation: str  # what Transformers calls it
+    windows: dict[str, int | None]  # the sliding window of each layer type: positions nearer than this are seen
+    text_config: object
+    kernel: Kernel | None = None  # of a cascade; `None`: masks
+
+    @classmethod
+    def for_model(cls, model, forced: str | None = None, two_sided: bool = False) -> "TreeAttention":
+        """Choose a backend for a model; `forced` names the one that it has to be.
 
         Args:
-            tree: N nodes.
-            position: of the anchor; the cached tokens stand before it.
-            lengths: for each layer type, how many cached keys its layers hand out before the nodes' own.
-            dtype: of the target's activations; an additive mask is made in it.
+            two_sided: a window is the greatest distance seen, on both sides, as in drafters.
 
-        Returns:
-            (1, 1, N, keys) for a target with one kind of layer, else a dict of these by layer type.
+        Raises:
+            ValueError: for an unknown backend, or one that cannot run here.
         """
-        visible = tree.visibility()
-        masks = {
-            layer_type: self.as_mask(tree_mask(visible, tree.depths, position, lengths[layer_type], window), dtype)
-            for layer_type, window in self.windows.items()
+        backend, reason = choose(Facts.of(model), forced)
+        windows = {name: window and window + two_sided for name, window in layer_windows(model.config).items()}
+        kernel = KERNELS.get(backend)
+        text_config = model.config.get_text_config(decoder=True)
+        return cls(backend, reason, NAME if kernel else backend, windows, text_config, kernel)
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.reason}"
+
+    @contextlib.contextmanager
+    def active(self, plan: object = None):
+        """Within, the model's forward uses this attention; afterwards its own again, also after an error."""
+        own, before = self.text_config._attn_implementation_internal, _active[0]
+        try:
+            self.text_config._attn_implementation_internal = self.implementation
+            _active[0] = plan
+            yield
+        finally:
+            self.text_config._attn_implementation_internal, _active[0] = own, before
+
+    def prepare(self, nodes: Nodes, cache: TreeCache, starts: dict[str, int], lengths: dict[str, list[int]], dtype):
+        """The plan of a pass, or its masks by layer type.
+
+        Args:
+            cache: whose layers will append the N nodes, or place them.
+            starts: by layer type, the slot of the first node; it is `lengths` alone that says which keys count.
+            lengths: by layer type, how many stored keys each row has.
+            dtype: of the activations; an additive mask is made in it.
+        """
+        if self.kernel is None:
+            return {
+                name: self.as_mask(tree_mask(nodes, lengths[name], starts[name], cache.by_type()[name], window), dtype)
+                for name, window in self.windows.items()
+            }
+        segments = list(vars(nodes.segments()).values()) if self.kernel.packs else []
+        layers = cache.by_type()
+        plans = {
+            name: plan_layer(self.kernel, nodes, segments, lengths[name], starts[name], layers[name], window, dtype)
+            for name, window in self.windows.items()
         }
+        return TreePlan(self.kernel, cache.layer_types, plans)
+
+    def as_mask(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
+        """From which keys are seen, (B, N, keys) bool, to the mask (B, 1, N, keys) that the implementation takes."""
+        return seen[:, None] if self.implementation == "sdpa" else additive(seen, dtype)[:, None]
+
+    def as_argument(self, prepared):
+        """What the model's forward takes as `attention_mask`: nothing for a plan, which comes by another way."""
+        if isinstance(prepared, TreePlan):
+            return None
         by_type = getattr(self.text_config, "layer_types", None) is not None  # as `create_masks_for_generate` decides
-        return masks if by_type else next(iter(masks.values()))
+        return prepared if by_type else next(iter(prepared.values()))
 
 
-def tree_mask(visible: Tensor, depths: Tensor, position: int, cached: int, window: int | None) -> Tensor:
-    """Which keys each node sees: cached ones within its window, and its ancestors and itself.
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+@functools.cache
+def choose(facts: Facts, forced: str | None) -> tuple[str, str]:
+    """The first backend that can run, in the order of speed, or the one that is asked for; and why it is the one.
+
+    Raises:
+        ValueError: for an unknown backend, or one that cannot run here.
+    """
+    if forced is not None:
+        _check_forced(facts, forced)
+        return forced, "asked for by d2sd_attention_backend"
+    own = facts.own_implementation
+    kernels = [KERNELS[own]] if own in KERNELS else []
+    kernels += [kernel for kernel in KERNELS.values() if kernel.by_default]
+    for kernel in kernels:
+        if kernel.obstacle(facts) is None:
+            logger.info(f"D²SD runs candidate trees with {kernel.name!r}: {kernel.describe}.")
+            return kernel.name, kernel.describe
+    masked = own if own in ("sdpa", "eager") else "sdpa" if facts.supports_sdpa else "eager"
+    why = CPU.obstacle(facts) if facts.device.type == "cpu" else KERNELS["varlen"].obstacle(facts)
+    logger.warning(f"D²SD runs candidate trees with {masked!r} attention and a mask over all keys: {why}.")
+    return masked, f"with a mask over all keys, since {why}"
+
+
+def _check_forced(facts: Facts, forced: str) -> None:
+    if forced not in (*KERNELS, *MASKED):
+        names = ", ".join(map(repr, (*KERNELS, *MASKED)))
+        raise ValueError(f"d2sd_attention_backend is {forced!r}; it must be one of {names}.")
+    obstacle = KERNELS[forced].obstacle(facts) if forced in KERNELS else facts.mask_obstacle(forced)
+    if obstacle is not None:
+        raise ValueError(f"d2sd_attention_backend={forced!r} cannot run here: {obstacle}.")
+
+
+def plan_layer(
+    kernel: Kernel,
+    nodes: Nodes,
+    segments: list[Tensor],
+    lengths: list[int],
+    start: int,
+    layer: TreeLayer,
+    window: int | None,
+    dtype: torch.dtype,
+) -> LayerPlan:
+    """Which of a layer's stored keys all nodes see, which only some, and what they see of each other.
 
     Args:
-        visible: (N, N) bool, `CandidateTree.visibility`.
-        depths: (N,).
-        position: of the anchor.
-        cached: how many keys stand before the nodes' own; they are the last ones before `position`.
-        window: a node at position p sees positions above p - window; `None` for all.
+        lengths: of each row; the stored key i stands len - i positions before the anchor.
+        start: slot of the first node.
+        window: a node sees positions nearer than this; `None` for all.
+    """
+    device, deepest = nodes.depths.device, nodes.max_depth
+    ends = torch.tensor(lengths, device=device)
+    narrow = window is not None and (layer.fixed or max(lengths) + deepest >= window)
+    starts, edge, mask = torch.zeros_like(ends), None, None
+    first = layer.first_handed_out
+    if narrow:
+        # Key i is seen from depth d if len - i + d < window: by all nodes from len + deepest - window + 1 on.
+        starts = torch.minimum((ends + deepest - window + 1).clamp(min=0), ends)
+        edge = starts[:, None] - 1 - torch.arange(min(deepest, window - 1), device=device)  # (B, E)
+        distance = (ends[:, None] - edge)[:, None] + nodes.depths[..., None]  # (B, N, E)
+        seen = torch.cat([(distance < window) & (edge >= 0)[:, None], _near(nodes, window)], dim=2)
+        edge, mask = (edge - first).clamp(min=0), additive(seen, dtype)[:, None]
+    elif not kernel.packs:
+        mask = additive(nodes.visible if len(lengths) > 1 else nodes.visible[:1], dtype)[:, None]
+    bounds = torch.stack([starts, ends], dim=1) - first
+    return LayerPlan(
+        bounds=bounds.clamp(min=0),
+        edge=edge,
+        mask=mask,
+        prefix=_pack_prefix(bounds.clamp(min=0), len(nodes), layer.row_spacing(start + len(nodes)))
+        if kernel.packs
+        else [],
+        segments=[] if mask is not None else segments,
+        longest=start if layer.fixed else max(lengths),
+        deepest=deepest,
+        causal=nodes.block_size is None,
+        has_prefix=max(lengths) > 0 and (not narrow or deepest + 1 < window),
+    )
+
+
+def _pack_prefix(bounds: Tensor, num_nodes: int, spacing: int) -> list[Tensor]:
+    """Starts of queries and keys, (2·B + 1,) each: a row's keys lie between slots that no segment's queries see."""
+    rows = torch.arange(len(bounds), device=bounds.device)
+    key_starts = (bounds + spacing * rows[:, None]).flatten()
+    query_starts = (num_nodes * (rows[:, None] + torch.arange(2, device=bounds.device))).flatten()
+    return [torch.nn.functional.pad(starts, (1, 0)).to(torch.int32) for starts in (query_starts, key_starts)]
+
+
+def _near(nodes: Nodes, window: int) -> Tensor:
+    """(B, N, N) bool: which nodes see each other, within the window."""
+    distance = (nodes.depths[..., None] - nodes.depths[:, None]).abs()
+    return nodes.visible & (distance < window)
+
+
+def tree_mask(nodes: Nodes, lengths: list[int], start: int, layer, window: int | None) -> Tensor:
+    """Which keys each node sees of all that a layer hands out: cached ones within its window, and other nodes.
+
+    Args:
+        lengths: of each row; its stored keys are the first ones.
+        start: slot of the first node.
+        layer: which slots it hands out.
 
     Returns:
-        (N, cached + N) bool.
+        (B, N, keys) bool; the nodes are the last keys.
     """
-    device = depths.device
-    if window is None:
-        return torch.cat([visible.new_ones(len(depths), cached), visible], dim=1)
-    oldest = position + depths - window  # (N,), the last position that is out of sight
-    keys = torch.arange(position - cached, position, device=device)
-    near = keys > oldest[:, None]
-    return torch.cat([near, visible & (position + depths > oldest[:, None])], dim=1)
-
-
-def _decoder(model):
-    """The text decoder inside a causal LM; a drafter is its own."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return decoder if decoder is not None else model
+    device = nodes.depths.device
+    ends = torch.tensor(lengths, device=device)[:, None, None]
+    slots = torch.arange(layer.first_handed_out, start, device=device)  # stored keys handed out
+    seen = (slots < ends).expand(len(lengths), nodes.depths.shape[1], -1)
+    if window is not None:
+        seen = seen & (ends - slots + nodes.depths[..., None] < window)
+        return torch.cat([seen, _near(nodes, window)], dim=2)
+    return torch.cat([seen, nodes.visible], dim=2)

@@ -1,7 +1,7 @@
 """All that knows Transformers' caches: a preallocated cache that takes a tree's nodes and keeps one path of them."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
@@ -13,8 +13,9 @@ _CONTEXTS = "_d2sd_contexts"  # attribute of a returned cache: the drafters' con
 class TreeLayer(DynamicLayer):
     """Keys and values of one layer in buffers that grow geometrically; tokens are appended by writing a slice.
 
-    A sliding layer keeps every token that was appended, so that any of them can be dropped again, and hands out only
-    those that the first of the new queries may see. Shapes: (B, H, tokens, head_dim).
+    Rows of a batch may hold different numbers of tokens: row b's are the first `lengths[b]`, and all rows append
+    after the longest. A sliding layer keeps every token that was appended, so that any of them can be dropped again,
+    and hands out only those that the first of the new queries may see. Shapes: (B, H, tokens, head_dim).
     """
 
     is_croppable = True
@@ -24,69 +25,150 @@ class TreeLayer(DynamicLayer):
         super().__init__()
         self.window = window
         self.is_sliding = window is not None
-        self.dropped = 0  # tokens before the first stored one: a sliding cache that was taken over has forgotten them
-        self.length = 0  # tokens stored
+        self.dropped = [0]  # by row, tokens before the first stored one: a sliding cache taken over has forgotten them
+        self.length = 0  # tokens stored in the longest row, and those appended since: where the next ones go
+        self._lengths: list[int] | None = None  # by row; `None`: `length` in all
+        self.slots: Tensor | None = None  # (n,) or (B, n), where the next update goes instead; see `TreeCache.place`
+        self.slots_end = 0
+        self.fixed = False  # the buffers never grow, and are handed out whole
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._buffers = [x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states)]
+        self._buffers = [_empty_buffer(states, 0) for states in (key_states, value_states)]
+        self.dropped = self.dropped * (key_states.shape[0] // len(self.dropped))
         self.is_initialized = True
         self._set_length(0)
+
+    @property
+    def lengths(self) -> list[int]:
+        """By row, how many tokens are stored."""
+        if self._lengths is not None:
+            return self._lengths
+        return [self.length] * (self._buffers[0].shape[0] if self.is_initialized else 1)
 
     def _set_length(self, length: int) -> None:
         self.length = length
         self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
 
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Let each row end after its first `lengths[b]` tokens."""
+        self._lengths = lengths if min(lengths) < max(lengths) else None
+        if self.is_initialized:
+            self._set_length(max(lengths))
+
     def _reserve(self, length: int) -> None:
-        capacity = self._buffers[0].shape[2]
+        capacity = self.capacity_for(length)
         frozen = self._buffers[0].is_inference() and not torch.is_inference_mode_enabled()  # may not be written to
-        if length <= capacity and not frozen:
+        if capacity == self._buffers[0].shape[2] and not frozen:
             return
-        capacity = max(length, 5 * capacity // 4, 256)  # geometric: appending stays cheap, a quarter at most is spare
         for i, old in enumerate(self._buffers):
-            self._buffers[i] = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+            self._buffers[i] = _empty_buffer(old, capacity)
             self._buffers[i][:, :, : self.length] = old[:, :, : self.length]
 
-    def _first_visible(self) -> int:
-        """Index of the first stored token that the next query sees."""
-        return 0 if self.window is None else max(self.length - self.window + 1, 0)
+    def capacity_for(self, length: int) -> int:
+        """Slots of the buffers once `length` are in use: geometric, so that appending stays cheap, but not wasteful."""
+        capacity = self._buffers[0].shape[2] if self.is_initialized else 0
+        return capacity if length <= capacity else max(length, 5 * capacity // 4, 256)
+
+    def row_spacing(self, end: int) -> int:
+        """How far apart rows are, in tokens, in what is handed out once `end` slots are in use; see `tokens_of`."""
+        if self.is_initialized and self._buffers[0].is_cuda:
+            return self.capacity_for(end)
+        return end - self.first_handed_out
+
+    @property
+    def first_handed_out(self) -> int:
+        """Index of the first stored token that the next query of some row sees: the next update gives those from it."""
+        return 0 if self.window is None or self.fixed else max(min(self.lengths) - self.window + 1, 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first, start, end = self._first_visible(), self.length, self.length + key_states.shape[2]
+        if self.slots is not None:
+            return self._update_slots(key_states, value_states)
+        first, start, end = self.first_handed_out, self.length, self.length + key_states.shape[2]
         self._reserve(end)
         for buffer, states in zip(self._buffers, (key_states, value_states)):
             buffer[:, :, start:end] = states
         self._set_length(end)
         return self.keys[:, :, first:], self.values[:, :, first:]
 
+    def _update_slots(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        slots = self.slots.to(key_states.device)
+        if not self.fixed:
+            first = self.first_handed_out
+            self._reserve(self.slots_end)
+            self._set_length(self.slots_end)
+        for buffer, states in zip(self._buffers, (key_states, value_states)):
+            if slots.ndim == 1:
+                buffer.index_copy_(2, slots, states)
+            else:
+                buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states)
+        if self.fixed:
+            return self._buffers[0], self._buffers[1]
+        return self.keys[:, :, first:], self.values[:, :, first:]
+
     def get_seq_length(self) -> int:
-        return self.dropped + self.length
+        return self.dropped[0] + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        first = self._first_visible()
-        return self.length - first + query_length, self.dropped + first
+        first = self.first_handed_out
+        return self.length - first + query_length, self.dropped[0] + first
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (Transformers passes zero or a negative number)."""
         if self.is_initialized:
             self._set_length(self.length + tokens_to_remove)
 
-    def keep(self, start: int, nodes: Tensor) -> None:
-        """Of the tokens from `start` on, keep `nodes` (A,), in that order and next to each other."""
+    def keep(self, start: int, nodes: Tensor, counts: list[int]) -> None:
+        """Of the tokens from slot `start` on, move each row's first `counts[b]` of `nodes` (B, A) behind its own.
+
+        Entries of `nodes` beyond a row's count may be any node.
+        """
         if not self.is_initialized:
             return
-        start -= self.dropped
         nodes = nodes.to(self.device)
+        lengths = self._lengths if self._lengths is not None else [self.length if self.fixed else start] * len(nodes)
+        if len(nodes) == 1 and not self.fixed:
+            for buffer in self._buffers:
+                buffer[:, :, start : start + nodes.shape[1]] = buffer.index_select(2, start + nodes[0])
+        else:
+            targets = torch.tensor(lengths)[:, None] + torch.arange(nodes.shape[1])
+            self.move(start + nodes, targets.to(self.device, non_blocking=True))
+        self.set_lengths([length + count for length, count in zip(lengths, counts)])
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy the tokens in slots `sources` (B, A) to slots `targets` (B, A)."""
         for buffer in self._buffers:
-            buffer[:, :, start : start + len(nodes)] = buffer.index_select(2, start + nodes)
-        self._set_length(start + len(nodes))
+            shape = buffer.shape[0], buffer.shape[1], sources.shape[1], buffer.shape[3]
+            sources_at, targets_at = (slots[:, None, :, None].expand(shape) for slots in (sources, targets))
+            buffer.scatter_(2, targets_at, buffer.gather(2, sources_at))
+
+    def rows(self, rows: list[int]) -> "TreeLayer":
+        """A copy with some of the rows, in the given order."""
+        layer = TreeLayer(self.window)
+        if self.is_initialized:
+            lengths = [self.lengths[row] for row in rows]
+            index = torch.tensor(rows, device=self.device)
+            chosen = [buffer[:, :, : max(lengths)].index_select(0, index) for buffer in self._buffers]
+            layer.update(*chosen)
+            layer.dropped = [self.dropped[row] for row in rows]
+            layer.set_lengths(lengths)
+        return layer
 
     def reset(self) -> None:
-        self.dropped = 0
+        self.dropped = [0] * len(self.dropped)
+        self._lengths = None
         if self.is_initialized:
             self._set_length(0)
+
+
+def _empty_buffer(like: Tensor, capacity: int) -> Tensor:
+    """(B, H, capacity, D). On a GPU a token's heads lie side by side, as FlashAttention's packed sequences want it."""
+    rows, heads, _, width = like.shape
+    if like.is_cuda:
+        return like.new_empty(rows, capacity, heads, width).transpose(1, 2)
+    return like.new_empty(rows, heads, capacity, width)
 
 
 class TreeCache(Cache):
@@ -98,41 +180,138 @@ class TreeCache(Cache):
 
     def __init__(self, config):
         super().__init__(layers=[TreeLayer(window) for window in _windows(config)])
-        self._first_of_type = {}
-        for layer, layer_type in zip(self.layers, _layer_types(config)):
-            self._first_of_type.setdefault(layer_type, layer)
+        self.config, self.layer_types = config, _layer_types(config)
+        self._first_of_type = {name: self.layer_types.index(name) for name in self.layer_types}
 
-    def visible_lengths(self) -> dict[str, int]:
-        """By layer type, how many stored keys a layer hands out before those of the next update."""
-        return {name: layer.get_mask_sizes(0)[0] for name, layer in self._first_of_type.items()}
+    def by_type(self) -> dict[str, TreeLayer]:
+        """One layer of each layer type: all of a type hold as many tokens."""
+        return {name: self.layers[at] for name, at in self._first_of_type.items()}
 
-    def keep(self, start: int, nodes: Tensor) -> None:
+    @property
+    def lengths(self) -> list[int]:
+        """By row, how many tokens are stored in the layers that have forgotten least."""
+        return max((layer.lengths for layer in self.by_type().values()), key=sum)
+
+    def set_lengths(self, lengths: list[int]) -> None:
+        """Let each row end after `lengths[b]` tokens, forgotten ones included."""
         for layer in self.layers:
-            layer.keep(start, nodes)
+            layer.set_lengths([length - dropped for length, dropped in zip(lengths, layer.dropped)])
+
+    def place(self, slots: Tensor | None, end: int = 0) -> None:
+        """Write the next update of each layer to slots (n,) or (B, n), all below `end`; `None`: append again."""
+        for layer in self.layers:
+            layer.slots, layer.slots_end = slots, end
+
+    def fix(self, capacity: int, nodes: int) -> None:
+        """Give every layer buffers for `capacity` tokens a row and `nodes` more that a pass may write: shapes stay."""
+        for layer in self.layers:
+            lengths = layer.lengths
+            for i, old in enumerate(layer._buffers):
+                layer._buffers[i] = _empty_buffer(old, capacity + nodes).zero_()  # nothing that is no number
+                layer._buffers[i][:, :, : layer.length] = old[:, :, : layer.length]
+            layer.fixed = True
+            layer.set_lengths(lengths)
+
+    def keep(self, starts: dict[str, int], nodes: Tensor, counts: list[int]) -> None:
+        """Of the tokens in slots from `starts` on, keep each row's first `counts[b]` of `nodes` (B, A), in order."""
+        for layer, layer_type in zip(self.layers, self.layer_types):
+            layer.keep(starts[layer_type], nodes, counts)
+
+    def starts(self) -> dict[str, int]:
+        """By layer type, the slot that the next update goes to."""
+        return {name: layer.length for name, layer in self.by_type().items()}
+
+    def rows(self, rows: list[int]) -> "TreeCache":
+        """A copy with some of the rows, in the given order."""
+        cache = TreeCache(self.config)
+        cache.layers = [layer.rows(rows) for layer in self.layers]
+        return cache
 
     @classmethod
-    def take_over(cls, config, cache: DynamicCache) -> "TreeCache":
-        """A tree cache with what `cache` holds; `give_back` returns it. The tensors are copied once."""
+    def stack(cls, caches: list["TreeCache"]) -> "TreeCache":
+        """The rows of several caches, one below the other."""
+        stacked = cls(caches[0].config)
+        for layer, *parts in zip(stacked.layers, *(cache.layers for cache in caches)):
+            longest = max(part.length for part in parts)
+            layer.update(*(_stack_rows(buffers, longest) for buffers in zip(*(part._buffers for part in parts))))
+            layer.dropped = [dropped for part in parts for dropped in part.dropped]
+            layer.set_lengths([length for part in parts for length in part.lengths])
+        return stacked
+
+    @classmethod
+    def take_over(cls, config, cache: DynamicCache, seen: Tensor | None = None) -> "TreeCache":
+        """A tree cache with what `cache` holds; `give_back` returns it. The tensors are copied once.
+
+        Args:
+            seen: (B, tokens) bool, which of the cached tokens count; `None` for all.
+
+        Raises:
+            ValueError: where a row's window reaches back to tokens that sliding layers have forgotten.
+        """
         tree_cache = cls(config)
         for layer, plain in zip(tree_cache.layers, cache.layers):
             if plain.is_initialized and plain.keys is not None and plain.keys.numel():
-                layer.update(plain.keys, plain.values)
-                layer.dropped = plain.get_seq_length() - layer.length
+                dropped = plain.get_seq_length() - plain.keys.shape[2]
+                if seen is None or bool(seen.all()):
+                    layer.update(plain.keys, plain.values)
+                    layer.dropped = [dropped] * plain.keys.shape[0]
+                else:
+                    _take_seen(layer, plain, seen.to(plain.keys.device), dropped)
         return tree_cache
 
-    def give_back(self, cache: DynamicCache) -> None:
-        """Leave in `cache` what plain decoding would have: views of the buffers, and copies of sliding windows."""
+    def give_back(self, cache: DynamicCache, columns: list[list[int]] | None = None) -> None:
+        """Leave in `cache` what plain decoding would have: views of the buffers, and copies of sliding windows.
+
+        Args:
+            columns: for rows that are padded or of several lengths, where each of a row's tokens stands among the
+                columns of plain decoding; columns without a token become zeros.
+        """
         cache.layers.extend(DynamicLayer() for _ in range(len(self.layers) - len(cache.layers)))
         for layer, plain in zip(self.layers, cache.layers):
             if not layer.is_initialized:
                 continue
             if not plain.is_initialized:
                 plain.lazy_initialization(layer.keys, layer.values)
-            plain.keys, plain.values = layer.keys, layer.values
+            keys, values, total = layer.keys, layer.values, layer.get_seq_length()
+            if columns is not None:
+                total = 1 + max(row[-1] for row in columns)
+                keys, values = (_spread(layer, states, columns, total) for states in (keys, values))
+            plain.keys, plain.values = keys, values
             if type(plain) is DynamicSlidingWindowLayer:
-                start = layer._first_visible()
-                plain.keys, plain.values = layer.keys[:, :, start:].clone(), layer.values[:, :, start:].clone()
-                plain.cumulative_length = layer.get_seq_length()
+                start = max(keys.shape[2] - layer.window + 1, 0)
+                plain.keys, plain.values = keys[:, :, start:].clone(), values[:, :, start:].clone()
+                plain.cumulative_length = total
+
+
+def _stack_rows(buffers: tuple[Tensor, ...], longest: int) -> Tensor:
+    """(rows of all, H, longest, D) of buffers of several lengths."""
+    return torch.cat([nn.functional.pad(b[:, :, :longest], (0, 0, 0, max(longest - b.shape[2], 0))) for b in buffers])
+
+
+def _take_seen(layer: TreeLayer, plain: DynamicLayer, seen: Tensor, dropped: int) -> None:
+    """Put the cached tokens that count at the front of each row."""
+    stored = seen[:, dropped:]  # (B, stored tokens)
+    forgotten, lengths = seen[:, :dropped].sum(1).tolist(), stored.sum(1).tolist()
+    for row, (missing, length) in enumerate(zip(forgotten, lengths)):
+        if missing and length < layer.window - 1:
+            raise ValueError(
+                f"{CACHE_NAME} holds {length} tokens of row {row} in its sliding layers; their window reaches back "
+                f"{layer.window - 1}, to tokens that gave way to padding. Pass the whole prompts without {CACHE_NAME}."
+            )
+    order = (~stored).int().argsort(dim=1, stable=True)[:, : max(lengths), None]  # (B, longest, 1)
+    for_all = order[:, None].expand(*plain.keys.shape[:2], -1, -1)
+    layer.update(*(s.gather(2, for_all.expand(-1, -1, -1, s.shape[3])) for s in (plain.keys, plain.values)))
+    layer.dropped = forgotten
+    layer.set_lengths(lengths)
+
+
+def _spread(layer: TreeLayer, states: Tensor, columns: list[list[int]], total: int) -> Tensor:
+    """(B, H, total, D): each row's tokens in its columns, zeros elsewhere."""
+    spread = states.new_zeros(*states.shape[:2], total, states.shape[3])
+    for row, (places, dropped, length) in enumerate(zip(columns, layer.dropped, layer.lengths)):
+        places = torch.tensor(places[dropped : dropped + length], device=states.device)
+        spread[row, :, places] = states[row, :, :length]
+    return spread
 
 
 def check_supported(config, cache: Cache | None) -> None:

@@ -1,10 +1,23 @@
 """The target's choice of each token, made exactly as plain `generate` makes it, and where generation ends."""
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    logits_process,
+)
 
 
 @dataclass
@@ -21,11 +34,17 @@ class Record:
         if self.logits is not None:
             self.logits += (logits,)
 
-    def add_hidden_states(self, layers: tuple[Tensor, ...], node: int | None = None) -> None:
-        """Of one forward: all its tokens, or one node's."""
+    def add_hidden_states(self, layers: tuple[Tensor, ...], row: int, node: int | None = None) -> None:
+        """Of one row of a forward: all its tokens, or one node's."""
         if self.hidden_states is not None:
             tokens = slice(None) if node is None else slice(node, node + 1)
-            self.hidden_states += (tuple(layer[:, tokens] for layer in layers),)
+            self.hidden_states += (tuple(layer[row : row + 1, tokens] for layer in layers),)
+
+    def cut(self, count: int) -> None:
+        """Keep what belongs to the first `count` tokens."""
+        self.scores, self.logits, self.hidden_states = (
+            entries and entries[:count] for entries in (self.scores, self.logits, self.hidden_states)
+        )
 
 
 @dataclass
@@ -42,6 +61,7 @@ class Chooser:
     stopping_criteria: StoppingCriteriaList
     do_sample: bool
     record: Record = field(default_factory=Record)
+    ends_alone: bool = True  # where not, criteria only note in `done_at` that they hold, and the row goes on
 
     def __post_init__(self):
         criteria = list(self.stopping_criteria)
@@ -54,6 +74,12 @@ class Chooser:
         self._vectorised = not (self.do_sample or self.logits_processor)
         self._greedy: list[int] = []
         self.finished = False
+        self.done_at: int | None = None  # the length at which a criterion held first
+
+    @property
+    def vectorised(self) -> bool:
+        """Whether the choices are the greatest logits, with nothing to process or draw."""
+        return self._vectorised
 
     @property
     def sequence(self) -> Tensor:
@@ -65,13 +91,12 @@ class Chooser:
         """How many tokens may still be chosen; `None` for no limit."""
         return None if self.max_length is None else self.max_length - self.length
 
-    def look(self, logits: Tensor) -> Tensor:
-        """Take the logits (N, V) of the nodes that will be asked for; returns each node's greatest token (N,)."""
+    def look(self, logits: Tensor) -> None:
+        """Take the logits (N, V) of the nodes that will be asked for."""
         self._logits = logits
-        return logits.argmax(-1) if self._vectorised else logits.new_zeros(len(logits), dtype=torch.long)
 
     def know(self, greatest: list[int]) -> None:
-        """The same N tokens on the host: the choices themselves, where nothing processes or draws."""
+        """The N nodes' greatest tokens on the host: the choices themselves, where nothing processes or draws."""
         self._greedy = greatest
 
     def is_finished(self) -> bool:
@@ -90,8 +115,16 @@ class Chooser:
             self.record.add(logits, scores)
             token = self._pick(scores)
         self._append(token)
-        self.finished = self._ends(token)
+        ends = self._ends(token)
+        if ends and self.done_at is None:
+            self.done_at = self.length
+        self.finished = ends if self.ends_alone else self.room == 0
         return token
+
+    def cut(self, length: int) -> None:
+        """Forget what was chosen beyond a length."""
+        self.record.cut(length - self.input_ids.shape[1])
+        self.length = length
 
     def _node_logits(self, node: int) -> Tensor:
         return self._logits[node : node + 1].to(self.input_ids.device, torch.float32, copy=True)
@@ -114,3 +147,122 @@ class Chooser:
         for criterion in self._criteria:
             ended |= bool(torch.as_tensor(criterion(self.sequence, self.record.scores)).all())
         return ended
+
+
+class Choosers:
+    """The choosers of a batch's rows, and which of them still choose.
+
+    As in plain decoding, a row ends by itself where there is an end-of-sequence token, and is filled up with padding;
+    otherwise all rows go on until a criterion has held for each of them.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,  # (B, L)
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        do_sample: bool,
+        make_record: Callable[[], Record] = Record,
+    ):
+        count = len(input_ids)
+        alone = count == 1 or any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        self.rows = [
+            Chooser(
+                input_ids[row : row + 1],
+                row_processors(logits_processor, row, count),
+                stopping_criteria,
+                do_sample,
+                make_record(),
+                alone,
+            )
+            for row in range(count)
+        ]
+        self.active = list(self.rows)
+        self.prompt_length = input_ids.shape[1]
+
+    @property
+    def rooms(self) -> list[int] | None:
+        """By row that still chooses, how many tokens may still be chosen; `None` for no limit."""
+        return None if self.active[0].room is None else [chooser.room for chooser in self.active]
+
+    def look(self, logits: Tensor) -> Tensor:
+        """Take the logits (B, N, V) of the rows that still choose; returns each node's greatest token (B, N)."""
+        for chooser, row in zip(self.active, logits):
+            chooser.look(row)
+        return logits.argmax(-1) if self.active[0].vectorised else logits.new_zeros(logits.shape[:2], dtype=torch.long)
+
+    def drop_finished(self) -> list[int]:
+        """Let finished rows choose no more; returns which of those that did still do."""
+        done = [chooser.done_at for chooser in self.rows]
+        if not self.rows[0].ends_alone and None not in done:
+            for chooser in self.rows:
+                chooser.finished |= chooser.length >= max(done)
+        staying = [at for at, chooser in enumerate(self.active) if not chooser.finished]
+        self.active = [self.active[at] for at in staying]
+        return staying
+
+    def cut(self) -> None:
+        """Rows that did not end by themselves may have gone beyond the end of the last one."""
+        if not self.rows[0].ends_alone:
+            for chooser in self.rows:
+                chooser.cut(max(row.done_at for row in self.rows))
+
+
+_OF_ROWS = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+)
+_WITH_STATE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
+def row_processors(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
+    """Processors that take one row of a batch of `rows`, and treat it as they would within the batch.
+
+    Raises:
+        ValueError: for those that keep a state from step to step of the whole batch.
+    """
+    if rows == 1 or not processors:
+        return processors
+    return LogitsProcessorList([_row_processor(processor, row, rows) for processor in processors])
+
+
+def _row_processor(processor, row: int, rows: int):
+    if isinstance(processor, _WITH_STATE):
+        raise ValueError(
+            f"{type(processor).__name__} keeps a state of the whole batch, whose rows advance unevenly here. Call "
+            "generate once for each prompt, or without assistant_model."
+        )
+    if isinstance(processor, _OF_ROWS):
+        return _of_one_row(processor, row, rows)
+    if type(processor).__module__ == logits_process.__name__:
+        return processor  # these look at each row by itself
+    return _InBatch(processor, row, rows)
+
+
+def _of_one_row(processor, row: int, rows: int):
+    """A copy of a processor that knows the batch's prompts, or is told which row it sees, for one row."""
+    one = copy.copy(processor)
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        one._prefix_allowed_tokens_fn, one._num_beams = (lambda _, ids: allowed(row, ids)), 1
+    elif isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
+        at = row * processor.batch_size // rows  # of the prompts before they are repeated for num_return_sequences
+        one.generated_ngrams, one.batch_size = processor.generated_ngrams[at : at + 1], 1
+    else:
+        at = row * len(processor.encoder_input_ids) // rows
+        one.encoder_input_ids = processor.encoder_input_ids[at : at + 1]
+    return one
+
+
+@dataclass
+class _InBatch:
+    """A user's own processor sees its row where it stands in the batch, and copies of it in the others' places."""
+
+    processor: Callable
+    row: int
+    rows: int
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        batch = input_ids.expand(self.rows, -1).contiguous(), scores.expand(self.rows, -1).contiguous()
+        return self.processor(*batch)[self.row : self.row + 1]

@@ -1,13 +1,13 @@
 """The decoding loop: prefill, then cycles of draft, select, redraft, tree, verify, accept and commit."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .acceptance import walk
-from .choosing import Chooser
+from .choosing import Chooser, Choosers
 from .drafting import Drafter
 from .prefixes import select_prefix_lengths
 from .stats import D2SDStats
@@ -27,6 +27,7 @@ class DecodingOptions:
     tree_budget: int | None  # nodes in a tree, anchor included, at least 1; None: no limit
     block_size: int  # γ, at least 2
     second_block_size: int  # γ₂, at least γ
+    attention_backend: str | None = None  # a name of `hf_d2sd.attention`; `None`: the fastest that can run
 
     def __post_init__(self):
         for name, least in (("num_branches", 0), ("tree_budget", 1), ("block_size", 2)):
@@ -38,64 +39,94 @@ class DecodingOptions:
 def decode(
     target: Target,
     drafters: list[Drafter],
-    chooser: Chooser,
+    choosers: Choosers,
     options: DecodingOptions,
     stats: D2SDStats,
     prompt_passes: Iterable[TargetPass],
     emit: Callable[[list[int]], None],
 ) -> None:
-    """Decode until a stopping criterion holds. Afterwards the cache holds all chosen tokens but the last.
+    """Decode until each row has ended. Afterwards its cache holds all tokens chosen for it but the last.
 
     Args:
         drafters: first and second; the first alone for no branches.
         prompt_passes: what `target.prefill` yields.
-        emit: given the tokens of each cycle as they are committed.
+        emit: given the first row's tokens of each cycle as they are committed.
     """
-    token = begin(target, drafters, chooser, prompt_passes)
-    stats.add_first_token()
-    emit([token])
-    while not chooser.finished:
-        anchor = torch.tensor(token, device=target.device)
-        tree = grow_tree(anchor, drafters, options, chooser.room)  # 1 draft, 2 select, 3 redraft, 4 tree
-        step = target.verify(tree)  # 5 verify
-        choices = chooser.look(step.logits).to(target.device)
-        columns = torch.stack([tree.tokens, tree.parents, tree.depths, tree.ranks, tree.sources, choices])
-        tokens, parents, depths, ranks, sources, choices = columns.tolist()  # the cycle's one transfer
-        chooser.know(choices)
-        path, emitted = walk(tokens, parents, chooser.choose, chooser.is_finished)  # 6 accept
-        nodes = torch.tensor(path, device=target.device)
-        target.commit(nodes)  # 7 commit
+    tokens = begin(target, drafters, choosers, prompt_passes)
+    stats.add_first_tokens(len(tokens))
+    emit(tokens[:1])
+    tokens = leave(target, drafters, choosers, tokens)
+    while tokens:
+        anchors = torch.tensor(tokens, device=target.device)
+        trees = grow_tree(anchors, drafters, options, choosers.rooms)  # 1 draft, 2 select, 3 redraft, 4 tree
+        step = target.verify(trees)  # 5 verify
+        choices = choosers.look(step.logits).to(target.device)
+        columns = torch.stack([trees.tokens, trees.parents, trees.depths, trees.ranks, trees.sources, choices], dim=1)
+        rows = columns.tolist()  # the cycle's one transfer
+        paths, emitted = zip(*(accept(*row) for row in zip(choosers.active, rows)))  # 6 accept
+        nodes, counts = pad_paths(paths, target.device), [len(path) for path in paths]
+        target.commit(nodes, counts)  # 7 commit
         for drafter in drafters:
-            drafter.extend(step, target.position, nodes)
-        for node in path:
-            chooser.record.add_hidden_states(step.hidden_states, node)
-        stats.add_cycle(path, depths, ranks, sources)
-        token = emitted[-1]
-        emit(emitted)
+            drafter.extend(step, target.positions, nodes, counts)
+        for at, (chooser, path) in enumerate(zip(choosers.active, paths)):
+            for node in path:
+                chooser.record.add_hidden_states(step.hidden_states, at, node)
+            stats.add_cycle(path, *rows[at][1:5])
+        emit(emitted[0])
+        tokens = leave(target, drafters, choosers, [row[-1] for row in emitted])
 
 
-def begin(target: Target, drafters: list[Drafter], chooser: Chooser, prompt_passes: Iterable[TargetPass]) -> int:
-    """Run the prompt, show it to the drafters, and let the target choose the first token."""
+def begin(
+    target: Target, drafters: list[Drafter], choosers: Choosers, prompt_passes: Iterable[TargetPass]
+) -> list[int]:
+    """Run the prompts, show them to the drafters, and let the target choose each row's first token."""
     for step in prompt_passes:
         for drafter in drafters:
-            drafter.extend(step, target.position)
-    chooser.know(chooser.look(step.logits).tolist())
-    chooser.record.add_hidden_states(step.hidden_states)
-    return chooser.choose(0)
+            drafter.extend(step, target.positions)
+    greatest = choosers.look(step.logits).tolist()
+    for at, (chooser, row) in enumerate(zip(choosers.active, greatest)):
+        chooser.know(row)
+        chooser.record.add_hidden_states(step.hidden_states, at)
+    return [chooser.choose(0) for chooser in choosers.active]
 
 
-def grow_tree(anchor: Tensor, drafters: list[Drafter], options: DecodingOptions, room: int | None) -> CandidateTree:
-    """Draft, select, redraft and merge: the candidates after the anchor (), at most `room` - 1 deep.
+def accept(chooser: Chooser, columns: list[list[int]]) -> tuple[list[int], list[int]]:
+    """One row's path (A,) and the tokens that are emitted for it (A,). `columns`: (6, N), as `decode` stacks them."""
+    tokens, parents, *_, choices = columns
+    chooser.know(choices)
+    return walk(tokens, parents, chooser.choose, chooser.is_finished)
 
-    `room` is how many tokens may still be emitted: the deepest node's own choice must be among them.
+
+def pad_paths(paths: Sequence[list[int]], device: torch.device) -> Tensor:
+    """(B, A): the rows' paths, filled up to the longest."""
+    longest = max(map(len, paths))
+    return torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=device)
+
+
+def leave(target: Target, drafters: list[Drafter], choosers: Choosers, tokens: list[int]) -> list[int]:
+    """Let finished rows leave the batch; returns the anchors of those that stay."""
+    staying = choosers.drop_finished()
+    if staying and len(staying) < len(tokens):
+        target.select(staying)
+        for drafter in drafters:
+            drafter.select(staying)
+    return [tokens[at] for at in staying]
+
+
+def grow_tree(
+    anchors: Tensor, drafters: list[Drafter], options: DecodingOptions, rooms: list[int] | None
+) -> CandidateTree:
+    """Draft, select, redraft and merge: the candidates after the anchors (B,), in row b at most `rooms[b]` - 1 deep.
+
+    `rooms` is how many tokens may still be emitted: the deepest node's own choice must be among them.
     """
-    if room == 1 or options.tree_budget == 1:
-        return CandidateTree.anchor_only(anchor)
-    draft = drafters[0].draft(anchor, options.block_size)
-    tokens, confidence = draft.tokens[0], draft.confidence[0]
+    if options.tree_budget == 1 or (rooms is not None and max(rooms) == 1):
+        return CandidateTree.anchor_only(anchors)
+    draft = drafters[0].draft(anchors, options.block_size)
+    tokens, confidence = draft.tokens[:, 0], draft.confidence[:, 0]
     branches = None
     if options.num_branches:
         prefix_lengths = select_prefix_lengths(confidence, options.num_branches, options.second_block_size)
-        branches = drafters[1].redraft(anchor, tokens, prefix_lengths, options.second_block_size)
-    max_depth = None if room is None else room - 1
-    return CandidateTree.merge(anchor, tokens, confidence, branches, budget=options.tree_budget, max_depth=max_depth)
+        branches = drafters[1].redraft(anchors, tokens, prefix_lengths, options.second_block_size)
+    max_depth = None if rooms is None else torch.tensor(rooms, device=anchors.device) - 1
+    return CandidateTree.merge(anchors, tokens, confidence, branches, budget=options.tree_budget, max_depth=max_depth)

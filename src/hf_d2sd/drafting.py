@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attention import MaskedAttention
+from .attention import Nodes, TreeAttention, TreePlan
 from .cache import TreeCache
 from .modeling import D2SDDrafterModel
 from .target import TargetPass, execution_device
@@ -20,8 +20,8 @@ from .tree import Branches
 class Draft:
     """The drafter's own choice at the positions 1..γ-1 of each block."""
 
-    tokens: Tensor  # (K, γ-1)
-    confidence: Tensor  # (K, γ-1), its probability of that token
+    tokens: Tensor  # (B, K, γ-1)
+    confidence: Tensor  # (B, K, γ-1), its probability of that token
 
 
 class Drafter:
@@ -31,71 +31,107 @@ class Drafter:
         model: the network.
         target: the target model whose embedding and LM head are called.
         context: of an earlier turn, to go on from.
+        backend: the attention to use; by default the fastest that can run.
     """
 
-    def __init__(self, model: D2SDDrafterModel, target, context: "DraftContext | None" = None):
+    def __init__(
+        self, model: D2SDDrafterModel, target, context: "DraftContext | None" = None, backend: str | None = None
+    ):
         self.model = model
         self.context = context if context is not None else DraftContext(TreeCache(model.config))
         self.device, self.dtype = execution_device(model.fc), model.fc.weight.dtype
         self._embed, self._head = target.get_input_embeddings(), draft_head(model, target.get_output_embeddings())
-        self._attention = MaskedAttention.for_model(model)
+        self._attention = TreeAttention.for_model(model, backend, two_sided=True)
+        self._nodes = {}  # (B, K, γ) → what the queries of such blocks see of each other
 
-    def extend(self, step: TargetPass, position: int, nodes: Tensor | None = None) -> None:
-        """Take in the features of tokens that the target's cache has gained; they end before `position`."""
+    def extend(
+        self, step: TargetPass, positions: list[int], nodes: Tensor | None = None, counts: list[int] | None = None
+    ) -> None:
+        """Take in the features of tokens that the target's cache has gained.
+
+        Args:
+            step: the pass that gave them.
+            positions: by row, of the token after the last of them.
+            nodes: (B, A), which of the pass's tokens they are; all by default.
+            counts: by row, how many of these; by default as many as are the row's own.
+        """
         features = step.features(self.model.config.target_layer_ids, nodes)
-        self.context.extend(features.to(self.device, self.dtype), position)
+        counts = step.counts if counts is None else counts
+        counts = [features.shape[1]] * len(features) if counts is None else counts
+        self.context.extend(features.to(self.device, self.dtype), positions, counts)
         self._head_dtype = features.dtype
 
+    def select(self, staying: list[int]) -> None:
+        """Let all rows but the given ones leave the batch."""
+        self.context.select(staying)
+
     def draft(self, anchor: Tensor, block_size: int) -> Draft:
-        """The first draft: one block after the anchor (), all of it masked. K is 1."""
-        block = self._masked_blocks(anchor, 1, block_size)
-        return self._denoise(block)
+        """The first draft: one block after each anchor (B,), all of it masked. K is 1."""
+        return self._denoise(self._masked_blocks(anchor, 1, block_size))
 
     def redraft(self, anchor: Tensor, tokens: Tensor, prefix_lengths: Tensor, block_size: int) -> Branches:
-        """The second draft: K blocks in one pass, each keeping a prefix of the first block's tokens (γ-1,)."""
-        blocks = self._masked_blocks(anchor, len(prefix_lengths), block_size)
-        position = torch.arange(tokens.shape[0], device=tokens.device)
-        kept = position < prefix_lengths[:, None]  # (K, γ-1)
-        blocks[:, 1 : 1 + len(tokens)] = torch.where(kept, tokens, blocks[:, 1 : 1 + len(tokens)])
+        """The second draft: K blocks a row in one pass, each keeping a prefix of the first block's tokens (B, γ-1)."""
+        blocks = self._masked_blocks(anchor, prefix_lengths.shape[1], block_size)
+        size = tokens.shape[1]
+        kept = torch.arange(size, device=tokens.device) < prefix_lengths[..., None]  # (B, K, γ-1)
+        blocks[..., 1 : 1 + size] = torch.where(kept, tokens[:, None], blocks[..., 1 : 1 + size])
         draft = self._denoise(blocks)
         return Branches(prefix_lengths, draft.tokens, draft.confidence)
 
     def _masked_blocks(self, anchor: Tensor, count: int, block_size: int) -> Tensor:
-        blocks = anchor.new_full((count, block_size), self.model.config.mask_token_id)
-        blocks[:, 0] = anchor
+        blocks = anchor.new_full((len(anchor), count, block_size), self.model.config.mask_token_id)
+        blocks[..., 0] = anchor[:, None]
         return blocks
 
     def _denoise(self, blocks: Tensor) -> Draft:
-        """One forward for all blocks (K, γ): they are one long query over the one shared context."""
-        count, block_size = blocks.shape
-        context = self.context.take()  # (1, C, F)
-        start, new = self.context.position, context.shape[1]
-        positions = torch.cat(
-            [
-                torch.arange(start - new, start, device=self.device),
-                torch.arange(start, start + block_size, device=self.device).repeat(count),
-            ]
+        """One forward for all blocks (B, K, γ): a row's are one long query over its one context."""
+        rows, count, block_size = blocks.shape
+        context, counts = self.context.take()  # (B, C, F)
+        before = self.context.lengths(rows)
+        lengths = [length + new for length, new in zip(before, counts)]
+        width, size = context.shape[1], count * block_size
+        # The new context goes behind each row's, the blocks behind the longest.
+        start = max(before) + width
+        if min(before) < max(before) or min(counts) < width:
+            slots = _slots(before, width, start, size, self.device)
+            self.context.cache.place(slots, start + size)
+        nodes = self._block_nodes(rows, count, block_size)
+        types = self._attention.windows
+        prepared = self._attention.prepare(
+            nodes, self.context.cache, dict.fromkeys(types, start), dict.fromkeys(types, lengths), self.dtype
         )
-        masks = self._masks(count, block_size, new, positions)
         with without_embed_norm(self._embed):
-            embeds = self._embed(blocks.view(1, -1))
-        with self._attention.active():
+            embeds = self._embed(blocks.view(rows, -1))
+        with self._attention.active(prepared):
             hidden = self.model(
                 noise_embeds=embeds.to(self.device, self.dtype),
                 context_hidden_states=context,
-                position_ids=positions[None],
-                attention_mask=masks,
+                position_ids=self._positions(counts, width, nodes.depths),
+                attention_mask=dict.fromkeys(types, prepared) if isinstance(prepared, TreePlan) else prepared,
                 cache=self.context.cache,
             ).last_hidden_state
-        self.context.cache.crop(-count * block_size)
-        hidden = hidden.view(count, block_size, -1)[:, 1:]
+        self.context.cache.place(None)
+        self.context.cache.set_lengths(lengths)
+        hidden = hidden.view(rows, count, block_size, -1)[:, :, 1:]
         return self._read(self._head(hidden.to(self._head_dtype)), blocks.device)
 
+    def _block_nodes(self, rows: int, count: int, block_size: int) -> Nodes:
+        shape = rows, count, block_size
+        if shape not in self._nodes:
+            self._nodes[shape] = Nodes.of_blocks(*shape, self.device)
+        return self._nodes[shape]
+
+    def _positions(self, counts: list[int], width: int, depths: Tensor) -> Tensor:
+        """(B, C + K·γ): of the new context, whose filling may stand anywhere, and of the blocks."""
+        starts = torch.tensor(self.context.positions, device=self.device)[:, None]
+        new = starts - torch.tensor(counts, device=self.device)[:, None] + torch.arange(width, device=self.device)
+        return torch.cat([new, starts + depths], dim=1)
+
     def _read(self, logits: Tensor, device: torch.device) -> Draft:
-        logits = logits.float()  # (K, γ-1, V)
+        logits = logits.float()  # (B, K, γ-1, V)
         temperatures = self.model.config.confidence_temperatures
         if temperatures is not None:
-            logits = logits / logits.new_tensor(temperatures[: logits.shape[1]])[:, None]
+            logits = logits / logits.new_tensor(temperatures[: logits.shape[2]])[:, None]
         best = logits.max(-1)
         confidence = (best.values - logits.logsumexp(-1)).exp()
         tokens = best.indices
@@ -103,22 +139,12 @@ class Drafter:
             tokens = self.model.draft_token_ids[tokens.to(self.device)]
         return Draft(tokens.to(device), confidence.to(device))
 
-    def _masks(self, count: int, block_size: int, new: int, positions: Tensor) -> dict[str, Tensor | None]:
-        """By layer type: block queries see the context, and of the blocks their own; (1, 1, K·γ, keys)."""
-        lengths, windows = self.context.cache.visible_lengths(), self._attention.windows
-        if count == 1 and set(windows.values()) == {None}:
-            return dict.fromkeys(windows)
-        block_of = torch.arange(count, device=self.device).repeat_interleave(block_size)
-        own = block_of[:, None] == block_of  # (K·γ, K·γ)
-        query_at = positions[new:, None]
-        masks = {}
-        for layer_type, window in windows.items():
-            cached = torch.arange(-lengths[layer_type], 0, device=self.device) + positions[0]
-            seen = torch.cat([own.new_ones(len(own), len(cached) + new), own], dim=1)
-            if window is not None:
-                seen &= (query_at - torch.cat([cached, positions])).abs() <= window
-            masks[layer_type] = self._attention.as_mask(seen, self.dtype)
-        return masks
+
+def _slots(before: list[int], width: int, start: int, size: int, device: torch.device) -> Tensor:
+    """(B, C + K·γ): where the new context and the blocks go, in rows that hold `before` tokens."""
+    context = torch.tensor(before)[:, None] + torch.arange(width)
+    blocks = torch.arange(start, start + size).expand(len(before), -1)
+    return torch.cat([context, blocks], dim=1).to(device)
 
 
 @dataclass
@@ -126,33 +152,66 @@ class DraftContext:
     """The committed tokens as one drafter knows them: some in its cache, the newest still as features."""
 
     cache: TreeCache
-    position: int = 0  # of the token after the last known one: the anchor
-    waiting: tuple[Tensor, ...] = ()  # features (1, T, F) that no forward has seen yet
+    positions: list[int] | None = None  # by row, of the token after the last known one: the anchor
+    waiting: tuple[tuple[Tensor, list[int]], ...] = ()  # features (B, T, F) that no forward has seen, own ones by row
 
-    def extend(self, features: Tensor, position: int) -> None:
-        """Add features of tokens that end before `position`. After a gap only what follows it is kept."""
-        if position - features.shape[1] != self.position:
+    def lengths(self, rows: int) -> list[int]:
+        """By row, how many tokens are in the cache."""
+        return self.cache.lengths if self.cache.get_seq_length() else [0] * rows
+
+    def extend(self, features: Tensor, positions: list[int], counts: list[int]) -> None:
+        """Add features of tokens that end before `positions`. After a gap only what follows it is kept."""
+        starts = [position - count for position, count in zip(positions, counts)]
+        if starts != self.positions:
             self.cache.reset()
             self.waiting = ()
-        self.waiting += (features,)
-        self.position = position
+        self.waiting += ((features, counts),)
+        self.positions = positions
 
-    def take(self) -> Tensor:
-        """(1, C, F): the features that are waiting, which the caller puts in the cache. C is at least 1."""
-        features = torch.cat(self.waiting, dim=1)
-        self.waiting = ()
-        return features
+    def take(self) -> tuple[Tensor, list[int]]:
+        """The features (B, C, F) that are waiting, which the caller puts in the cache; by row, how many are its own.
+
+        C is at least 1.
+        """
+        parts, self.waiting = self.waiting, ()
+        if all(min(counts) == features.shape[1] for features, counts in parts[:-1]):
+            width = sum(features.shape[1] for features, _ in parts[:-1])
+            features = parts[0][0] if len(parts) == 1 else torch.cat([features for features, _ in parts], dim=1)
+            return features, [width + count for count in parts[-1][1]]
+        return _join(parts)
+
+    def select(self, staying: list[int]) -> None:
+        """Forget all rows but the given ones."""
+        self.cache = self.cache.rows(staying)
+        self.positions = [self.positions[row] for row in staying]
+        self.waiting = tuple(
+            (features[staying], [counts[row] for row in staying]) for features, counts in self.waiting
+        )
 
     def cut(self, position: int) -> None:
-        """Forget tokens from `position` on: the user cropped the target's cache between two turns."""
-        excess = self.position - position
+        """Forget tokens from `position` on, in a batch of one: the user cropped the target's cache between turns."""
+        excess = self.positions[0] - position
         if excess > 0:
-            waiting = sum(features.shape[1] for features in self.waiting)
+            waiting = sum(features.shape[1] for features, _ in self.waiting)
             cached = self.cache.get_seq_length()
-            kept = torch.cat(self.waiting, dim=1)[:, : max(waiting - excess, 0)] if self.waiting else None
-            self.waiting = (kept,) if kept is not None and kept.shape[1] else ()
+            kept = self.take()[0][:, : max(waiting - excess, 0)] if self.waiting else None
+            self.waiting = ((kept, [kept.shape[1]]),) if kept is not None and kept.shape[1] else ()
             self.cache.crop(-min(max(excess - waiting, 0), cached))
-            self.position = position
+            self.positions = [position]
+
+
+def _join(parts: tuple[tuple[Tensor, list[int]], ...]) -> tuple[Tensor, list[int]]:
+    """Each row's own features of all parts, one behind the other."""
+    totals = [sum(counts) for counts in zip(*(counts for _, counts in parts))]
+    first = parts[0][0]
+    joined = first.new_zeros(len(totals), max(totals) + 1, first.shape[2])  # the last entry takes the filling
+    ends = torch.zeros(len(totals), 1, dtype=torch.long)
+    for features, counts in parts:
+        at, own = torch.arange(features.shape[1]), torch.tensor(counts)[:, None]
+        place = torch.where(at < own, ends + at, max(totals)).to(first.device)
+        joined.scatter_(1, place[..., None].expand_as(features), features)
+        ends += own
+    return joined[:, :-1], totals
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """All that knows Transformers' `generate`: how an assistant is recognised, checked, and decoded with."""
 
+import copy
 import functools
 import hashlib
 import weakref
@@ -11,14 +12,15 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.utils import GenerationMixin
 
 from .cache import TreeCache, check_supported, save_contexts, saved_contexts
-from .choosing import Chooser, Record
+from .choosing import Choosers, Record
 from .decoding import DecodingOptions, decode
 from .drafting import DraftContext, Drafter
 from .modeling import CACHE_NAME, D2SDAssistant, D2SDDrafterModel
+from .prompts import Prompt, join_records, join_sequences, read_prompt
 from .stats import D2SDStats
 from .target import Target
 
-_OPTIONS = ("d2sd_num_branches", "d2sd_tree_budget", "d2sd_block_size")
+_OPTIONS = ("d2sd_num_branches", "d2sd_tree_budget", "d2sd_block_size", "d2sd_attention_backend")
 _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 
 
@@ -71,6 +73,8 @@ def _validate_generation_mode(stock, target, generation_mode, generation_config,
     if _is_ours(assistant):
         _refuse(_unsupported(target, generation_config, generation_mode_kwargs))
         bind(assistant, target, generation_mode_kwargs.get("tokenizer"))
+        generation_config = copy.copy(generation_config)
+        generation_config.num_return_sequences = 1  # stock takes one in assisted decoding
     elif isinstance(assistant, D2SDDrafterModel) and generation_config.speculation_type != "dflash":
         raise ValueError(
             "A single D2SDDrafterModel was passed as assistant_model. Pass `D2SDAssistant.from_drafters(drafter)`, "
@@ -82,7 +86,7 @@ def _validate_generation_mode(stock, target, generation_mode, generation_config,
 def _refuse(reasons: list[str]) -> None:
     if reasons:
         raise ValueError(
-            "D²SD decoding is greedy search or sampling of one sequence by a decoder with a key-value cache; here "
+            "D²SD decoding is greedy search or sampling by a decoder with a key-value cache; here "
             f"{'; '.join(reasons)}. Change that, or call generate without assistant_model."
         )
 
@@ -93,7 +97,6 @@ def _unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[st
     reasons = {
         f"{name} is an encoder-decoder model": target.config.is_encoder_decoder,
         f"{name} has a recurrent state, which cannot return to an accepted prefix": target._is_stateful,
-        f"num_return_sequences is {config.num_return_sequences}": (config.num_return_sequences or 1) > 1,
         "use_cache is False": config.use_cache is False,
         "synced_gpus (ZeRO-3 or FSDP) is on": mode_kwargs.get("synced_gpus"),
         "prompt_lookup_num_tokens is set": config.prompt_lookup_num_tokens is not None,
@@ -178,43 +181,78 @@ def assisted_decode(
     assistant_tokenizer=None,
     **model_kwargs,
 ):
-    """Decode one sequence with both drafters; takes and returns what `GenerationMixin._assisted_decoding` does.
+    """Decode with both drafters; takes and returns what `GenerationMixin._assisted_decoding` does.
 
     A cache of the user's is changed only at the end: an error on the way leaves it as it was.
 
     Raises:
-        ValueError: for a batch, padding, an option out of range, or a cache of another kind.
+        ValueError: for an option out of range, a cache of another kind, or what a batch cannot have.
     """
     user_cache = model_kwargs.pop(CACHE_NAME, None)
     model_kwargs.pop("output_hidden_states", None)
     check_supported(target.config, user_cache)
-    new_tokens = _count_new_tokens(input_ids, user_cache, generation_config, model_kwargs)
+    prompt = read_prompt(input_ids, user_cache, generation_config, model_kwargs)
+    if streamer is not None and prompt.rows > 1:
+        raise ValueError(f"A streamer takes one sequence, got a batch of {prompt.rows}: drop `streamer`.")
     options = decoding_options(assistant, generation_config)
-    record = _empty_record(generation_config)
     models = assistant.drafters if options.num_branches else [assistant.first]
+    # Of a batch the cache is put together only if somebody will see it.
+    returns_cache = generation_config.return_dict_in_generate or getattr(user_cache, "_is_user_defined", False)
+    returns_cache |= prompt.rows == 1
 
-    layer_ids = {layer for model in models for layer in model.config.target_layer_ids}
-    cache = TreeCache.take_over(target.config, user_cache)
-    worker = Target(target, cache, layer_ids, all_hidden_states=record.hidden_states is not None)
-    contexts = _resume_contexts(assistant, user_cache, worker.position)
-    drafters = [Drafter(model, target, context) for model, context in zip(models, contexts)]
-    chooser = Chooser(input_ids, logits_processor, stopping_criteria, bool(generation_config.do_sample), record)
-    stats = D2SDStats(prompt_tokens=new_tokens, attention_backend=str(worker.attention))
+    worker = Target(
+        target,
+        TreeCache.take_over(target.config, user_cache, prompt.seen),
+        {layer for model in models for layer in model.config.target_layer_ids},
+        prompt.rows,
+        all_hidden_states=_empty_record(generation_config).hidden_states is not None,
+        backend=options.attention_backend,
+        keeps_left_rows=returns_cache,
+    )
+    contexts = _resume_contexts(assistant, user_cache, worker.positions)
+    drafters = [Drafter(model, target, context, options.attention_backend) for model, context in zip(models, contexts)]
+    choosers = Choosers(
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        bool(generation_config.do_sample),
+        lambda: _empty_record(generation_config),
+    )
+    stats = D2SDStats(prompt_tokens=sum(prompt.counts), attention_backend=str(worker.attention))
     assistant.last_stats = stats
 
     def emit(tokens: list[int]) -> None:
         if streamer is not None:
             streamer.put(torch.tensor(tokens))
 
-    prompt_passes = worker.prefill(input_ids, new_tokens, generation_config.prefill_chunk_size, **model_kwargs)
-    decode(worker, drafters, chooser, options, stats, prompt_passes, emit)
+    chunk_size = generation_config.prefill_chunk_size
+    passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
+    decode(worker, drafters, choosers, options, stats, passes, emit)
     if streamer is not None:
         streamer.end()
-    cache.give_back(user_cache)
-    save_contexts(user_cache, (weakref.ref(assistant), [drafter.context for drafter in drafters]))
+    choosers.cut()
+    sequences = join_sequences(choosers, generation_config._pad_token_tensor)
+    if returns_cache:
+        _give_back(worker, prompt, choosers, sequences, user_cache)
+    if prompt.rows == 1:
+        save_contexts(user_cache, (weakref.ref(assistant), [drafter.context for drafter in drafters]))
     if not generation_config.return_dict_in_generate:
-        return chooser.sequence.clone()
-    return GenerateDecoderOnlyOutput(sequences=chooser.sequence.clone(), **{CACHE_NAME: user_cache}, **vars(record))
+        return sequences
+    records = join_records([chooser.record for chooser in choosers.rows], prompt)
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE_NAME: user_cache}, **vars(records))
+
+
+def _give_back(worker: Target, prompt: Prompt, choosers: Choosers, sequences: Tensor, user_cache) -> None:
+    """Leave in the user's cache what plain decoding would have: for rows that ended early also their padding."""
+    generated = [chooser.length - choosers.prompt_length for chooser in choosers.rows]
+    if prompt.rows > 1:
+        worker.rejoin()
+        worker.crop(prompt.lengths(generated))
+        missing = [max(generated) - count for count in generated]
+        if any(missing):
+            behind = [row[len(row) - count - 1 : -1] for row, count in zip(sequences, missing)]
+            worker.append(torch.nn.utils.rnn.pad_sequence(behind, batch_first=True), missing)
+    worker.cache.give_back(user_cache, prompt.columns_after(max(generated)))
 
 
 def _empty_record(config: GenerationConfig) -> Record:
@@ -227,48 +265,6 @@ def _empty_record(config: GenerationConfig) -> Record:
     return Record(**{name: () for name, on in wanted.items() if on and config.return_dict_in_generate})
 
 
-def _count_new_tokens(input_ids: Tensor, cache, generation_config: GenerationConfig, model_kwargs: dict) -> int:
-    """How many tokens of the prompt are not in the cache yet; refuses batches and padding."""
-    embeds = model_kwargs.get("inputs_embeds")
-    prompt = input_ids if embeds is None else embeds
-    if prompt.shape[0] > 1:
-        raise ValueError(
-            f"D²SD decoding takes one sequence at a time for now; got a batch of {prompt.shape[0]}. Call generate "
-            "once for each prompt, or without assistant_model."
-        )
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and not bool((mask == 1).all()):
-        raise ValueError(
-            "D²SD decoding takes prompts without padding for now; the attention_mask has zeros. Pass the prompt "
-            "without its padding, or call generate without assistant_model."
-        )
-    positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.ndim != 2:
-        raise ValueError(
-            f"D²SD decoding takes position_ids of shape (1, length); this target uses {positions.ndim} dimensions "
-            "(multimodal rotary positions). Call generate without assistant_model."
-        )
-    past = cache.get_seq_length()
-    length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
-    whole = embeds is not None or length == prompt.shape[1]  # else only what follows the cached tokens was passed
-    new_tokens = prompt.shape[1] - past if whole else prompt.shape[1]
-    if new_tokens < 1:
-        raise ValueError(
-            f"{CACHE_NAME} already holds {past} tokens and the prompt has {prompt.shape[1]}: at least one token "
-            f"must be new. Crop the cache by one token: `{CACHE_NAME}.crop(-1)`."
-        )
-    divisible = ("attention_mask", "position_ids", "token_type_ids", "inputs_embeds")
-    extra = sorted(
-        name
-        for name, value in model_kwargs.items()
-        if name not in divisible and not isinstance(value, (type(None), bool, int, float, str))
-    )
-    chunk_size = generation_config.prefill_chunk_size
-    if extra and chunk_size is not None and chunk_size < new_tokens:
-        raise ValueError(f"prefill_chunk_size={chunk_size} would split the inputs {extra}; leave it unset.")
-    return new_tokens
-
-
 def decoding_options(assistant: D2SDAssistant, generation_config: GenerationConfig) -> DecodingOptions:
     """The call's options where given, else the assistant's.
 
@@ -277,12 +273,13 @@ def decoding_options(assistant: D2SDAssistant, generation_config: GenerationConf
     """
     config = assistant.config
     first, second = config.first.block_size, config.second.block_size if config.second is not None else None
-    num_branches, tree_budget, block_size = (getattr(generation_config, name, None) for name in _OPTIONS)
+    num_branches, tree_budget, block_size, backend = (getattr(generation_config, name, None) for name in _OPTIONS)
     options = DecodingOptions(
         num_branches=config.num_branches if num_branches is None else num_branches,
         tree_budget=config.tree_budget if tree_budget is None else tree_budget,
         block_size=first if block_size is None else block_size,
         second_block_size=(second or first) - (first - block_size if block_size is not None else 0),
+        attention_backend=backend,
     )
     if options.block_size > first:
         raise ValueError(f"d2sd_block_size is {options.block_size}; the first drafter was made for at most {first}.")
@@ -294,13 +291,13 @@ def decoding_options(assistant: D2SDAssistant, generation_config: GenerationConf
     return options
 
 
-def _resume_contexts(assistant: D2SDAssistant, cache, position: int) -> list[DraftContext | None]:
+def _resume_contexts(assistant: D2SDAssistant, cache, positions: list[int]) -> list[DraftContext | None]:
     """For each drafter, what it knows of the tokens in a cache that an earlier call returned; `None`: nothing."""
     owner, contexts = saved_contexts(cache) or (None, [])
-    if owner is None or owner() is not assistant:
+    if owner is None or owner() is not assistant or len(positions) > 1:
         contexts = []
     for context in contexts:
-        context.cut(position)
+        context.cut(positions[0])
     return [*contexts, None, None][:2]
 
 

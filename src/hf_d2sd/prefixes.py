@@ -11,14 +11,14 @@ def acceptance_distribution(confidence: Tensor) -> Tensor:
     the last entry is ∏ c_k, "all accepted", so that the entries sum to one.
 
     Args:
-        confidence: (γ-1,), c_k in [0, 1] for the block positions k = 1..γ-1.
+        confidence: (..., γ-1), c_k in [0, 1] for the block positions k = 1..γ-1.
 
     Returns:
-        (γ,) probabilities.
+        (..., γ) probabilities.
     """
-    one = confidence.new_ones(1)
-    reached = torch.cat([one, confidence.cumprod(0)])  # (γ,): position i is reached
-    rejected_next = torch.cat([1 - confidence, one])  # (γ,): nothing is left to reject after the last
+    one = confidence.new_ones(*confidence.shape[:-1], 1)
+    reached = torch.cat([one, confidence.cumprod(-1)], dim=-1)  # (..., γ): position i is reached
+    rejected_next = torch.cat([1 - confidence, one], dim=-1)  # (..., γ): nothing is left to reject after the last
     return reached * rejected_next
 
 
@@ -29,12 +29,12 @@ def select_prefix_lengths(confidence: Tensor, num_branches: int, block_size: int
     prefix too: that branch keeps the whole first block and extends it.
 
     Args:
-        confidence: (γ-1,), the first drafter's confidences.
+        confidence: (..., γ-1), the first drafter's confidences.
         num_branches: K; fewer lengths come back where fewer exist.
         block_size: γ₂ of the second drafter, at least 2.
 
     Returns:
-        (K,) prefix lengths i, each the number of drafted tokens a branch keeps after the anchor.
+        (..., K) prefix lengths i, each the number of drafted tokens a branch keeps after the anchor.
     """
-    r = acceptance_distribution(confidence)[: block_size - 1]  # i ≤ γ₂ - 2 leaves position i+1 to draft
-    return r.topk(min(num_branches, r.shape[0])).indices
+    r = acceptance_distribution(confidence)[..., : block_size - 1]  # i ≤ γ₂ - 2 leaves position i+1 to draft
+    return r.topk(min(num_branches, r.shape[-1])).indices

@@ -12,7 +12,7 @@ _SOURCE_NAMES = {FROM_TARGET: "target", FROM_FIRST: "first", FROM_SECOND: "secon
 class D2SDStats:
     """What happened in one `generate` call; `assistant.last_stats` holds the latest.
 
-    A cycle is one draft and one target pass. Acceptance lengths count the tokens a cycle commits, the target's own
+    A cycle is one draft and one target pass; in a batch each row has its own, though they share the passes. Acceptance lengths count the tokens a cycle commits, the target's own
     token (the bonus) included, so that plain decoding has length 1.
     """
 
@@ -49,15 +49,17 @@ class D2SDStats:
     def mean_tree_size(self) -> float:
         return sum(self.tree_sizes) / self.cycles if self.cycles else float("nan")
 
-    def add_first_token(self) -> None:
-        """The prefill's token, which the target wrote."""
-        self.token_sources.append(_SOURCE_NAMES[FROM_TARGET])
+    def add_first_tokens(self, rows: int) -> None:
+        """The prefill's tokens, which the target wrote."""
+        self.token_sources += [_SOURCE_NAMES[FROM_TARGET]] * rows
 
-    def add_cycle(self, path: list[int], depths: list[int], ranks: list[int], sources: list[int]) -> None:
-        """One cycle's path, and for each of the tree's N nodes its depth, rank and source."""
+    def add_cycle(
+        self, path: list[int], parents: list[int], depths: list[int], ranks: list[int], sources: list[int]
+    ) -> None:
+        """One row's path, and for each of the N nodes its parent, depth, rank and source."""
         self.cycles += 1
         self.committed_per_cycle.append(len(path))
-        self.tree_sizes.append(len(depths))
+        self.tree_sizes.append(1 + sum(parent >= 0 for parent in parents))
         self.offered_per_depth.update(range(1, max(depths) + 1))
         accepted = path[1:]
         self.accepted_per_depth.update(depths[node] for node in accepted)

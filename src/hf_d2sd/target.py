@@ -6,61 +6,98 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attention import MaskedAttention
+from .attention import Nodes, TreeAttention
 from .cache import TreeCache
 from .capturing import embeddings_first, select_layers
 from .modeling import CACHE_NAME
 from .tree import CandidateTree
 
+_CHUNK = 512  # tokens in one pass where a prompt goes on from rows of several lengths
+
 
 @dataclass(frozen=True)
 class TargetPass:
-    """What one forward of the target gives for T tokens."""
+    """What one forward of the target gives for T tokens of B rows."""
 
-    logits: Tensor  # (T, V); after a prefill (1, V), the last token's
-    hidden_states: tuple[Tensor | None, ...]  # entry i+1 is (1, T, H), the output of layer i; None where not asked for
-
-    def __len__(self) -> int:
-        return next(layer.shape[1] for layer in self.hidden_states if layer is not None)
+    logits: Tensor  # (B, T, V); after a prefill (B, 1, V), each row's last token's
+    hidden_states: tuple[Tensor | None, ...]  # entry i+1 is (B, T, H), the output of layer i; None where not asked for
+    counts: list[int] | None = None  # by row, how many of the T tokens are its own; `None`: all
 
     def features(self, layer_ids: list[int], nodes: Tensor | None = None) -> Tensor:
-        """(1, T or A, len(layer_ids) * H): what a drafter reads, for all tokens or for the given nodes (A,)."""
+        """(B, T or A, len(layer_ids) * H): what a drafter reads, for all tokens or for the given nodes (B, A)."""
         layers = [self.hidden_states[i + 1] for i in layer_ids]
         if nodes is not None:
-            layers = [layer.index_select(1, nodes.to(layer.device)) for layer in layers]
+            layers = [take_nodes(layer, nodes.to(layer.device)) for layer in layers]
         return torch.cat([layer.to(layers[0].device) for layer in layers], dim=-1)
 
 
+def take_nodes(states: Tensor, nodes: Tensor) -> Tensor:
+    """Of states (B, N, H) those of each row's nodes (B, A)."""
+    if len(nodes) == 1:
+        return states.index_select(1, nodes[0])
+    return states.gather(1, nodes[..., None].expand(-1, -1, states.shape[2]))
+
+
 class Target:
-    """The user's model at work on one sequence. Its weights are never touched, its forward is its own.
+    """The user's model at work on a batch. Its weights are never touched, its forward is its own.
 
     Args:
         model: a causal LM of Transformers.
         cache: holds what is committed; it grows by `prefill` and `commit`.
         layer_ids: the layers whose outputs some drafter reads.
+        rows: B.
         all_hidden_states: keep every layer's output, for `output_hidden_states=True`.
+        backend: the attention that trees have to be verified with; by default the fastest that can run.
+        keeps_left_rows: whether the cache of rows that leave the batch is still wanted.
     """
 
-    def __init__(self, model, cache: TreeCache, layer_ids: set[int], all_hidden_states: bool = False):
+    def __init__(
+        self,
+        model,
+        cache: TreeCache,
+        layer_ids: set[int],
+        rows: int = 1,
+        all_hidden_states: bool = False,
+        backend: str | None = None,
+        keeps_left_rows: bool = False,
+    ):
         self.model, self.cache = model, cache
-        self.attention = MaskedAttention.for_model(model)
+        self.attention = TreeAttention.for_model(model, backend)
         self.device = execution_device(model.get_input_embeddings())
-        self.position = cache.get_seq_length()  # of the next token that is not in the cache
+        self.rows = list(range(rows))  # which rows of the batch are still in it
+        self._left = {} if keeps_left_rows else None  # row → its cache and position
         self._capture = True if all_hidden_states else select_layers(layer_ids)
+        # By row, the position of the next token that is not in the cache.
+        self.positions = full_lengths(cache) if cache.get_seq_length() else [0] * rows
 
     def prefill(
-        self, input_ids: Tensor, new_tokens: int, chunk_size: int | None = None, **model_kwargs
+        self,
+        input_ids: Tensor,
+        new_tokens: int,
+        chunk_size: int | None = None,
+        counts: list[int] | None = None,
+        **model_kwargs,
     ) -> Iterator[TargetPass]:
-        """Run the prompt's last `new_tokens` tokens, as `generate` would; yields one pass for each chunk.
+        """Run the prompts' last `new_tokens` tokens, as `generate` would; yields one pass for each chunk.
 
         Args:
-            input_ids: (1, L), or (1, 0) where `model_kwargs` has `inputs_embeds` (1, L, H).
+            input_ids: (B, L), or (B, 0) where `model_kwargs` has `inputs_embeds` (B, L, H).
             chunk_size: tokens in one pass; all by default.
+            counts: by row, how many of the `new_tokens` are its own: the first ones, what follows is filling.
         """
+        cached = full_lengths(self.cache) if self.cache.get_seq_length() else [0] * len(self.rows)
+        counts = [new_tokens] * len(cached) if counts is None else counts
+        if min(cached) < max(cached):
+            yield from self._prefill_ragged(input_ids[:, -new_tokens:], counts, chunk_size or _CHUNK)
+            return
+        logits = None
         chunk_size = chunk_size or new_tokens
         for start in range(0, new_tokens, chunk_size):
             end = min(start + chunk_size, new_tokens)
             kwargs = {name: _without_last(value, new_tokens - end) for name, value in model_kwargs.items()}
+            lasts = sorted({count - 1 - start for count in counts if start < count <= end})  # columns of last tokens
+            if "logits_to_keep" in kwargs and len(lasts) and lasts != [end - start - 1]:
+                kwargs["logits_to_keep"] = torch.tensor(lasts, device=self.device)
             inputs = self.model.prepare_inputs_for_generation(
                 _without_last(input_ids, new_tokens - end),
                 next_sequence_length=end - start,
@@ -68,34 +105,111 @@ class Target:
                 **{CACHE_NAME: self.cache},
                 **kwargs,
             )
-            logits, hidden_states = self._forward(**inputs)
-            positions = kwargs.get("position_ids")
-            self.position = self.cache.get_seq_length() if positions is None else int(positions[0, -1]) + 1
-            yield TargetPass(logits[0, -1:], hidden_states)
+            given, hidden_states = self._forward(**inputs)
+            logits = _pick_last(logits, given, [count - 1 - start for count in counts], lasts, end - start)
+            own = [min(max(count - start, 0), end - start) for count in counts]
+            ends = [length + min(count, end) for length, count in zip(cached, counts)]
+            self.positions = self._positions_after(kwargs.get("position_ids"), end - start, own, ends)
+            yield TargetPass(logits, hidden_states, own)
+        self.cache.set_lengths(ends)
+
+    def _positions_after(self, position_ids: Tensor | None, size: int, own: list[int], ends: list[int]) -> list[int]:
+        """By row, the position after the `own` first of this chunk's `size` tokens."""
+        if position_ids is None:
+            return ends
+        last = position_ids[:, -size:].expand(len(own), -1).tolist()
+        return [row[count - 1] + 1 if count else before for row, count, before in zip(last, own, self.positions)]
+
+    def _prefill_ragged(self, tokens: Tensor, counts: list[int], chunk_size: int) -> Iterator[TargetPass]:
+        """As `prefill`, for rows that go on from caches of several lengths: chains of tokens, verified and kept."""
+        logits = None
+        for start in range(0, tokens.shape[1], chunk_size):
+            chunk = tokens[:, start : start + chunk_size]
+            size = chunk.shape[1]
+            own = [min(max(count - start, 0), size) for count in counts]
+            lasts = sorted({count - 1 - start for count in counts if start < count <= start + size})
+            step = self.append(chunk, own)
+            logits = _pick_last(logits, step.logits, [count - 1 - start for count in counts], lasts, size)
+            yield TargetPass(logits, step.hidden_states, own)
+
+    def append(self, tokens: Tensor, counts: list[int]) -> TargetPass:
+        """Let each row go on by the first `counts[b]` of `tokens` (B, T)."""
+        step = self.verify(CandidateTree.chain(tokens.to(self.device)))
+        self.commit(torch.arange(tokens.shape[1], device=self.device).expand(tokens.shape), counts)
+        return step
 
     def verify(self, tree: CandidateTree) -> TargetPass:
         """One pass over the N nodes, each seeing the cache and its own ancestors; the cache grows by all nodes."""
-        self._start = self.cache.get_seq_length()
-        mask = self.attention.tree_masks(tree, self.position, self.cache.visible_lengths(), self.model.dtype)
-        with self.attention.active():
+        self._starts = self.cache.starts()
+        lengths = {name: layer.lengths for name, layer in self.cache.by_type().items()}
+        prepared = self.attention.prepare(Nodes.of_tree(tree), self.cache, self._starts, lengths, self.model.dtype)
+        positions = torch.tensor(self.positions, device=self.device)[:, None] + tree.depths
+        with self.attention.active(prepared):
             logits, hidden_states = self._forward(
-                input_ids=tree.tokens[None],
-                position_ids=(self.position + tree.depths)[None],
-                attention_mask=mask,
+                input_ids=tree.tokens,
+                position_ids=positions,
+                attention_mask=self.attention.as_argument(prepared),
                 **{CACHE_NAME: self.cache},
                 use_cache=True,
             )
-        return TargetPass(logits[0], hidden_states)
+        return TargetPass(logits, hidden_states)
 
     def _forward(self, **inputs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The model's logits (1, T, V) and the hidden states that were asked for."""
+        """The model's logits (B, T, V) and the hidden states that were asked for."""
         output = self.model(**inputs, output_hidden_states=self._capture, return_dict=True)
         return output.logits, embeddings_first(output.hidden_states, selected=self._capture is not True)
 
-    def commit(self, path: Tensor) -> None:
-        """Of the nodes verified last keep the path (A,), and forget the others."""
-        self.cache.keep(self._start, path)
-        self.position += len(path)
+    def commit(self, paths: Tensor, counts: list[int]) -> None:
+        """Of the nodes verified last keep each row's first `counts[b]` of `paths` (B, A), and forget the others."""
+        self.cache.keep(self._starts, paths, counts)
+        self.positions = [position + count for position, count in zip(self.positions, counts)]
+
+    def select(self, staying: list[int]) -> None:
+        """Let all rows but the given ones, counted among those still there, leave the batch."""
+        if self._left is not None:
+            for at in set(range(len(self.rows))) - set(staying):
+                self._left[self.rows[at]] = self.cache.rows([at]), self.positions[at]
+        self.cache = self.cache.rows(staying)
+        self.rows, self.positions = ([values[at] for at in staying] for values in (self.rows, self.positions))
+
+    def crop(self, lengths: list[int]) -> None:
+        """Let each row end after `lengths[b]` tokens."""
+        excess = [length - kept for length, kept in zip(full_lengths(self.cache), lengths)]
+        self.cache.set_lengths(lengths)
+        self.positions = [position - more for position, more in zip(self.positions, excess)]
+
+    def rejoin(self) -> None:
+        """Bring the rows that left back, in their order."""
+        here = {row: (self.cache.rows([at]), self.positions[at]) for at, row in enumerate(self.rows)}
+        rows = {**self._left, **here}
+        self.rows = sorted(rows)
+        self.cache = TreeCache.stack([rows[row][0] for row in self.rows])
+        self.positions = [rows[row][1] for row in self.rows]
+
+
+def full_lengths(cache: TreeCache) -> list[int]:
+    """By row, how many tokens were ever put in the cache."""
+    layer = cache.layers[0]
+    return [length + dropped for length, dropped in zip(layer.lengths, layer.dropped)]
+
+
+def _pick_last(before: Tensor | None, logits: Tensor, at: list[int], lasts: list[int], size: int) -> Tensor:
+    """(B, 1, V): for rows whose last token is in this chunk of `size` its logits, for others those from before.
+
+    Args:
+        logits: (B, T, V), of the columns `lasts` alone, of the last column, or of all.
+        at: by row, the column of its last token, perhaps outside of this chunk.
+    """
+    if logits.shape[1] == size:
+        columns = dict(zip(range(size), range(size)))
+    else:
+        columns = {last: place for place, last in enumerate(lasts)} or {size - 1: 0}
+    picked = [
+        logits[row : row + 1, columns[column], None] if column in columns else None for row, column in enumerate(at)
+    ]
+    if before is not None:
+        picked = [before[row : row + 1] if new is None else new for row, new in enumerate(picked)]
+    return torch.cat([logits[:1, :1] if new is None else new for new in picked])
 
 
 def execution_device(module: nn.Module) -> torch.device:

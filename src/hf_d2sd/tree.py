@@ -10,36 +10,69 @@ FROM_TARGET, FROM_FIRST, FROM_SECOND = 0, 1, 2  # who wrote a node's token; the 
 
 @dataclass(frozen=True)
 class Branches:
-    """The second drafter's re-drafts: row b keeps `prefix_lengths[b]` drafted tokens and goes on by itself."""
+    """The second drafter's re-drafts: branch k keeps `prefix_lengths[:, k]` drafted tokens and goes on by itself."""
 
-    prefix_lengths: Tensor  # (K,)
-    tokens: Tensor  # (K, γ₂-1), at the kept positions whatever the drafter says
-    confidence: Tensor  # (K, γ₂-1)
+    prefix_lengths: Tensor  # (B, K)
+    tokens: Tensor  # (B, K, γ₂-1), at the kept positions whatever the drafter says
+    confidence: Tensor  # (B, K, γ₂-1)
+
+
+@dataclass(frozen=True)
+class Chains:
+    """A tree cut into chains, each going down from a node: what attention over sequences of all lengths can take.
+
+    A chain's queries are its nodes; its keys are its ancestors and then its nodes, so that causal attention that is
+    aligned at the end gives each node what it sees. Segment b·N + n is the chain that begins with node n of row b;
+    where none begins, it has no query and one key that nobody sees.
+    """
+
+    order: Tensor  # (B·N,), the nodes b·N + n, chain by chain
+    query_starts: Tensor  # (B·N + 1,) int32, where each segment's queries begin
+    keys: Tensor  # (T,), the nodes b·N + n that stand as keys, segment by segment; some more at the end
+    key_starts: Tensor  # (B·N + 1,) int32
 
 
 @dataclass(frozen=True)
 class CandidateTree:
-    """Nodes in an order in which every parent stands before its children; node 0 is the anchor, its parent is -1."""
+    """Trees of B rows. A parent stands before its children; node 0 is the anchor, its parent is -1.
 
-    tokens: Tensor  # (N,)
-    parents: Tensor  # (N,)
-    depths: Tensor  # (N,), 0 for the anchor
-    scores: Tensor  # (N,), log of the estimated probability that the node is reached
-    ranks: Tensor  # (N,), 0: the first block, b+1: branch b; a shared node counts as its first owner's
+    Rows with fewer nodes than others are filled up at the end by nodes that belong to nothing: their parent is -1 and
+    their depth 0, so no walk comes to them. The fields may also stand for one tree alone, (N,).
+    """
+
+    tokens: Tensor  # (B, N)
+    parents: Tensor  # (B, N)
+    depths: Tensor  # (B, N), 0 for the anchor
+    scores: Tensor  # (B, N), log of the estimated probability that the node is reached
+    ranks: Tensor  # (B, N), 0: the first block, b+1: branch b; a shared node counts as its first owner's
+    max_depth: int | None = None  # a bound that is known without asking the device
+    max_chains: int | None = None  # such a bound for the chains of a row, fillers aside
 
     def __len__(self) -> int:
-        return self.tokens.shape[0]
+        return self.tokens.shape[-1]
 
     @property
     def sources(self) -> Tensor:
-        """(N,), FROM_TARGET, FROM_FIRST or FROM_SECOND for each node."""
+        """(B, N), FROM_TARGET, FROM_FIRST or FROM_SECOND for each node."""
         return torch.where(self.depths == 0, FROM_TARGET, torch.where(self.ranks == 0, FROM_FIRST, FROM_SECOND))
+
+    def row(self, row: int) -> "CandidateTree":
+        """One row's tree alone, without its fillers."""
+        size = 1 + int((self.parents[row] >= 0).sum())
+        fields = (self.tokens, self.parents, self.depths, self.scores, self.ranks)
+        return CandidateTree(*(field[row, :size] for field in fields))
 
     @classmethod
     def anchor_only(cls, anchor: Tensor) -> "CandidateTree":
-        """The tree of plain decoding: nothing drafted. `anchor`: ()."""
-        zero = torch.zeros(1, dtype=torch.long, device=anchor.device)
-        return cls(anchor.view(1), zero - 1, zero, zero.float(), zero)
+        """The tree of plain decoding: nothing drafted. `anchor`: (B,)."""
+        return cls.chain(anchor[:, None])
+
+    @classmethod
+    def chain(cls, tokens: Tensor) -> "CandidateTree":
+        """Each node the only child of the one before it. `tokens`: (B, N)."""
+        depths = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        zeros = torch.zeros_like(depths)
+        return cls(tokens, depths - 1, depths, zeros.float(), zeros, max_depth=tokens.shape[1] - 1, max_chains=1)
 
     @classmethod
     def merge(
@@ -50,80 +83,141 @@ class CandidateTree:
         branches: Branches | None = None,
         *,
         budget: int | None = None,
-        max_depth: int | None = None,
+        max_depth: Tensor | None = None,
+        fixed_size: bool = False,
     ) -> "CandidateTree":
         """Merge the first block and its branches, and keep the nodes most likely to be reached.
 
-        A node's score is the log of the product of confidences along its path; where several rows share the node, the
-        highest counts. Scores never rise along a path, so the best nodes always form a tree.
+        A node's score is the log of the product of confidences along its path; where several drafts share the node,
+        the highest counts. Scores never rise along a path, so the best nodes always form a tree.
 
         Args:
-            anchor: (), the last committed token.
-            tokens, confidence: (γ-1,), the first block.
-            branches: the re-drafted rows, if any.
+            anchor: (B,), the last committed tokens.
+            tokens, confidence: (B, γ-1), the first blocks.
+            branches: the re-drafts, if any.
             budget: greatest number of nodes, the anchor included; `None` keeps all.
-            max_depth: deepest node kept, at least 1.
+            max_depth: (B,), the deepest node kept, at least 1.
+            fixed_size: as many nodes, with fillers, whatever the drafts agree on: shapes that never change, and no
+                question to the device.
         """
-        rows, log_confidence, valid = _rows(tokens, confidence, branches)
+        drafts, log_confidence, valid = _drafts(tokens, confidence, branches)
+        num_rows, num_drafts, depth = drafts.shape
         if max_depth is not None:
-            rows, log_confidence, valid = (x[:, :max_depth] for x in (rows, log_confidence, valid))
-        num_rows, depth = rows.shape
-        # Rows r and s share their node at depth d if they agree at every depth up to d.
-        shared = (rows[:, None] == rows[None]).cumprod(-1).bool() & valid[:, None] & valid[None]  # (R, R, D)
-        owner = shared.int().argmax(1)  # (R, D), the first row that shares the node
-        own = valid & (owner == torch.arange(num_rows, device=rows.device)[:, None])
+            valid = valid & (torch.arange(depth, device=drafts.device) < max_depth[:, None, None])
+        # Drafts r and s share their node at depth d if they agree at every depth up to d.
+        shared = (drafts[:, :, None] == drafts[:, None]).cumprod(-1).bool()  # (B, R, R, D)
+        shared &= valid[:, :, None] & valid[:, None]
+        owner = shared.int().argmax(2)  # (B, R, D), the first draft that shares the node
+        own = valid & (owner == torch.arange(num_drafts, device=drafts.device)[:, None])
 
-        reached = log_confidence.cumsum(1).cummin(1).values  # cummin: a scan must not round a child above its parent
-        score = torch.where(shared, reached[None], -torch.inf).amax(1)  # (R, D)
+        reached = log_confidence.cumsum(-1).cummin(-1).values  # cummin: a scan must not round a child above its parent
+        score = torch.where(shared, reached[:, None], -torch.inf).amax(2)  # (B, R, D)
 
         # Depth-major order, then a stable sort: among equal scores parents come before children.
-        row_of = torch.arange(num_rows, device=rows.device).repeat(depth)  # (D·R,)
-        depth_of = torch.arange(depth, device=rows.device).repeat_interleave(num_rows)
-        candidates = own.T.flatten().nonzero().squeeze(1)
-        best = score.T.flatten()[candidates].argsort(descending=True, stable=True)
-        kept = candidates[best[: None if budget is None else max(budget - 1, 0)]].sort().values  # depth-major again
-        row, at = row_of[kept], depth_of[kept]
+        own = own.transpose(1, 2).flatten(1)  # (B, D·R)
+        score_of = score.transpose(1, 2).flatten(1)
+        lowest = torch.finfo(score.dtype).min
+        best = torch.where(own, score_of.clamp(min=lowest), -torch.inf).argsort(dim=1, descending=True, stable=True)
+        size = depth * num_drafts if budget is None else min(budget - 1, depth * num_drafts)
+        if not fixed_size:
+            size = min(size, int(own.sum(1).max()))
+        best = best[:, :size]
+        kept = torch.where(own.gather(1, best), best, depth * num_drafts).sort(1).values  # (B, M), depth-major again
+        exists = kept < depth * num_drafts
+        kept = torch.where(exists, kept, 0)
+        draft, at = kept % num_drafts, kept // num_drafts
 
-        index = torch.zeros(num_rows, depth + 1, dtype=torch.long, device=rows.device)  # column 0: the anchor
-        index[row, at + 1] = torch.arange(1, len(kept) + 1, device=rows.device)
-        parent_owner = torch.where(at > 0, owner[row, (at - 1).clamp(min=0)], row)
-        zero = torch.zeros(1, dtype=torch.long, device=rows.device)
+        # Column 0 of `index` is the anchor, its last entry takes the fillers' writes.
+        index = anchor.new_zeros(num_rows, num_drafts * (depth + 1) + 1)
+        place = torch.where(exists, draft * (depth + 1) + at + 1, index.shape[1] - 1)
+        index.scatter_(1, place, torch.arange(1, size + 1, device=anchor.device).expand(num_rows, -1))
+        above = owner.flatten(1).gather(1, draft * depth + (at - 1).clamp(min=0))
+        parent = index.gather(1, torch.where(at > 0, above, draft) * (depth + 1) + at)
+        token = drafts.flatten(1).gather(1, draft * depth + at)
+
+        def column(anchors, values, filler):
+            return torch.cat([anchors.view(-1, 1).expand(num_rows, 1), torch.where(exists, values, filler)], dim=1)
+
+        zero = anchor.new_zeros(1)
         return cls(
-            tokens=torch.cat([anchor.view(1), rows[row, at]]),
-            parents=torch.cat([zero - 1, index[parent_owner, at]]),
-            depths=torch.cat([zero, at + 1]),
-            scores=torch.cat([zero.to(score.dtype), score[row, at]]),
-            ranks=torch.cat([zero, row]),
+            tokens=column(anchor, token, anchor[:, None]),
+            parents=column(zero - 1, parent, -1),
+            depths=column(zero, at + 1, 0),
+            scores=column(zero.to(score.dtype), score_of.gather(1, kept), -torch.inf),
+            ranks=column(zero, draft, 0),
+            max_depth=depth,
+            max_chains=num_drafts,
         )
 
     def visibility(self) -> Tensor:
-        """(N, N) bool: whether node q attends to node k, that is, k is q or one of its ancestors."""
+        """(B, N, N) bool: whether node q attends to node k, that is, k is q or one of its ancestors."""
         size = len(self)
-        seen = torch.eye(size, dtype=torch.bool, device=self.tokens.device)
-        step = torch.zeros_like(seen)
-        step[torch.arange(1, size, device=self.tokens.device), self.parents[1:]] = True
-        reach = seen | step
-        for _ in range(max(size - 1, 1).bit_length()):  # squaring: ancestors 2, 4, 8, ... up
+        nodes = torch.arange(size, device=self.tokens.device)
+        reach = (self.parents[..., None] == nodes) | (nodes[:, None] == nodes)
+        for _ in range((size if self.max_depth is None else self.max_depth + 1).bit_length()):  # 2, 4, 8, ... up
             reach = (reach.float() @ reach.float()) > 0
         return reach
 
+    def chains(self, visible: Tensor) -> Chains:
+        """Cut the trees into chains: a node's first child goes on with its chain, every other child begins one.
 
-def _rows(tokens: Tensor, confidence: Tensor, branches: Branches | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The first block and the branches as rows of one table: tokens, log confidences, which entries exist; (R, D)."""
+        Args:
+            visible: (B, N, N), `visibility()`.
+        """
+        num_rows, size = self.tokens.shape
+        nodes = torch.arange(size, device=self.tokens.device).expand(num_rows, -1)
+        has_parent, parent = self.parents >= 0, self.parents.clamp(min=0)
+        first_child = torch.full_like(nodes, size).scatter_reduce(
+            1, parent, torch.where(has_parent, nodes, size), reduce="amin"
+        )
+        goes_on = has_parent & (first_child.gather(1, parent) == nodes)
+        head = torch.where(goes_on, parent, nodes)
+        for _ in range(size.bit_length()):
+            head = head.gather(1, head)
+
+        segment = head + size * torch.arange(num_rows, device=head.device)[:, None]  # (B, N)
+        flat = (nodes + size * torch.arange(num_rows, device=head.device)[:, None]).flatten()
+        order = (segment * size + self.depths).flatten().argsort(stable=True)
+        query_count = torch.zeros_like(flat).scatter_add(0, segment.flatten(), torch.ones_like(flat))
+
+        is_last = first_child == size  # a leaf: the last node of its chain
+        seen = visible & is_last[..., None]  # (B, leaves, nodes)
+        nowhere = num_rows * size * size
+        place = torch.where(seen, segment[..., None] * size + self.depths[:, None], nowhere).flatten()
+        unused = torch.where(query_count == 0, flat * size, nowhere)  # the one key of a segment without queries
+        sorted_place = torch.cat([place, unused]).sort(stable=True)
+        node = torch.cat([flat.view(num_rows, 1, size).expand(-1, size, -1).flatten(), flat])
+        count = self._count_keys(sorted_place.values, nowhere)
+        key_count = (
+            (query_count == 0)
+            .long()
+            .scatter_add(0, segment.flatten(), torch.where(is_last, seen.sum(-1), 0).flatten())
+        )
+        return Chains(order, _starts(query_count), node[sorted_place.indices[:count]], _starts(key_count))
+
+    def _count_keys(self, places: Tensor, nowhere: int) -> int:
+        """How many keys the chains of all rows have: a bound where one is known, else asked of the device."""
+        num_rows, size = self.tokens.shape
+        if self.max_depth is None or self.max_chains is None:
+            return int((places < nowhere).sum())
+        return min(num_rows * (self.max_chains * (self.max_depth + 1) + size), places.shape[0])
+
+
+def _starts(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _drafts(tokens: Tensor, confidence: Tensor, branches: Branches | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The first block and the branches in one table: tokens, log confidences, which entries exist; (B, R, D)."""
     if branches is None:
-        return tokens[None], confidence.log()[None], torch.ones_like(tokens, dtype=torch.bool)[None]
-    num_branches, depth = branches.tokens.shape
-    pad = depth - tokens.shape[0]  # γ₂ - γ: the first block is the shorter row
-    tokens = _pad(tokens, pad)
-    confidence = _pad(confidence, pad)
+        return tokens[:, None], confidence.log()[:, None], torch.ones_like(tokens, dtype=torch.bool)[:, None]
+    depth = branches.tokens.shape[2]
+    pad = depth - tokens.shape[1]  # γ₂ - γ: the first block is the shorter one
     position = torch.arange(depth, device=tokens.device)
-    kept = position < branches.prefix_lengths[:, None]  # (K, D)
-    rows = torch.cat([tokens[None], torch.where(kept, tokens, branches.tokens)])
-    log_confidence = torch.cat([confidence[None], torch.where(kept, confidence, branches.confidence)]).log()
-    valid = torch.ones(num_branches + 1, depth, dtype=torch.bool, device=tokens.device)
-    valid[0] = position < depth - pad
-    return rows, log_confidence, valid
-
-
-def _pad(values: Tensor, count: int) -> Tensor:
-    return torch.nn.functional.pad(values, (0, count))
+    tokens, confidence = (torch.nn.functional.pad(x, (0, pad))[:, None] for x in (tokens, confidence))
+    kept = position < branches.prefix_lengths[..., None]  # (B, K, D)
+    drafts = torch.cat([tokens, torch.where(kept, tokens, branches.tokens)], dim=1)
+    confidences = torch.cat([confidence, torch.where(kept, confidence, branches.confidence)], dim=1)
+    valid = torch.ones_like(drafts, dtype=torch.bool)
+    valid[:, 0] = position < depth - pad
+    return drafts, confidences.log(), valid
