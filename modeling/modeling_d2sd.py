@@ -274,6 +274,7 @@ class D2SDAssistant(D2SDPreTrainedModel):
         *,
         num_branches: int | None = None,
         tree_budget: int | None = None,
+        tree_width: int = 1,
         **kwargs,
     ) -> "D2SDAssistant":
         """Join two drafters, given as models, Hub ids or folders; `kwargs` go to `D2SDDrafterModel.from_pretrained`.
@@ -297,6 +298,7 @@ class D2SDAssistant(D2SDPreTrainedModel):
             second=second.config if second is not None else None,
             num_branches=num_branches,
             tree_budget=tree_budget,
+            tree_width=tree_width,
             dtype=first.dtype,
         )
         with torch.device("meta"):

@@ -171,6 +171,9 @@ class D2SDConfig(_CheckedConfig):
             one, only `num_branches=0` can be decoded.
         num_branches (`int`): K, the number of prefixes that are re-drafted in each cycle.
         tree_budget (`int`, *optional*): greatest number of nodes, anchor included, that one target pass checks.
+        tree_width (`int`): W, how many of a draft's likeliest tokens may stand at one place of the tree. 1 is D²SD as
+            in its paper: branches in places alone. From 2 on the tree holds the `tree_budget` likeliest paths by both
+            drafters' probabilities, and the second drafter re-drafts after the `num_branches` likeliest of the first.
 
     The target's special tokens and vocabulary size are those of `first`, so that pipelines see one tokenizer.
     """
@@ -182,6 +185,7 @@ class D2SDConfig(_CheckedConfig):
     second: dict | PreTrainedConfig | None = None
     num_branches: int = 4
     tree_budget: int | None = None
+    tree_width: int = 1
     vocab_size: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -223,6 +227,11 @@ class D2SDConfig(_CheckedConfig):
         _require(
             self.tree_budget is None or self.tree_budget >= 1,
             f"tree_budget is {self.tree_budget}; it must be at least 1 (the anchor), or None for no limit.",
+        )
+        _require(self.tree_width >= 1, f"tree_width is {self.tree_width}; it must be at least 1.")
+        _require(
+            self.tree_width == 1 or self.tree_budget is not None,
+            f"tree_width is {self.tree_width}: such a tree has no end of its own. Set tree_budget, 32 for example.",
         )
 
     def _check_pair(self) -> None:

@@ -8,11 +8,14 @@ from torch import Tensor
 
 from .acceptance import walk
 from .choosing import Chooser, Choosers
-from .drafting import Drafter
+from .drafting import Draft, Drafter
+from .expansion import expand, likeliest_paths
 from .prefixes import select_prefix_lengths
 from .stats import D2SDStats
 from .target import Target, TargetPass
 from .tree import CandidateTree
+
+BRANCH_SOURCES = ("second", "samples")
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,27 @@ class DecodingOptions:
     tree_budget: int | None  # nodes in a tree, anchor included, at least 1; None: no limit
     block_size: int  # γ, at least 2
     second_block_size: int  # γ₂, at least γ
+    tree_width: int = 1  # W, how many tokens of a draft may stand at one place of the tree; at least 1
+    branch_source: str = "second"  # who writes the branches, one of BRANCH_SOURCES
     attention_backend: str | None = None  # a name of `hf_d2sd.attention`; `None`: the fastest that can run
 
     def __post_init__(self):
-        for name, least in (("num_branches", 0), ("tree_budget", 1), ("block_size", 2)):
+        for name, least in (("num_branches", 0), ("tree_budget", 1), ("block_size", 2), ("tree_width", 1)):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"d2sd_{name} is {value!r}; it must be an integer of at least {least}.")
+        if self.branch_source not in BRANCH_SOURCES:
+            raise ValueError(f"d2sd_branch_source is {self.branch_source!r}; it must be one of {BRANCH_SOURCES}.")
+        if self.tree_width > 1 and self.tree_budget is None:
+            raise ValueError(
+                f"d2sd_tree_width is {self.tree_width}: such a tree has no end of its own. Set d2sd_tree_budget, the "
+                "number of nodes, 32 for example."
+            )
+        if self.tree_width > 1 and self.branch_source != "second":
+            raise ValueError(
+                f"d2sd_branch_source is {self.branch_source!r} and d2sd_tree_width is {self.tree_width}: a tree of "
+                "the likeliest tokens has no use for samples. Set d2sd_tree_width to 1."
+            )
 
 
 def decode(
@@ -123,10 +140,28 @@ def grow_tree(
     if options.tree_budget == 1 or (rooms is not None and max(rooms) == 1):
         return CandidateTree.anchor_only(anchors)
     draft = drafters[0].draft(anchors, options.block_size)
+    max_depth = None if rooms is None else torch.tensor(rooms, device=anchors.device) - 1
+    if options.tree_width > 1:
+        return grow_wide_tree(anchors, draft, drafters, options, max_depth)
     tokens, confidence = draft.tokens[:, 0], draft.confidence[:, 0]
     branches = None
-    if options.num_branches:
+    if options.num_branches and options.branch_source == "samples":
+        prefix_lengths = select_prefix_lengths(confidence, options.num_branches, options.block_size)
+        branches = drafters[0].sample_branches(draft, prefix_lengths)
+    elif options.num_branches:
         prefix_lengths = select_prefix_lengths(confidence, options.num_branches, options.second_block_size)
         branches = drafters[1].redraft(anchors, tokens, prefix_lengths, options.second_block_size)
-    max_depth = None if rooms is None else torch.tensor(rooms, device=anchors.device) - 1
     return CandidateTree.merge(anchors, tokens, confidence, branches, budget=options.tree_budget, max_depth=max_depth)
+
+
+def grow_wide_tree(
+    anchors: Tensor, draft: Draft, drafters: list[Drafter], options: DecodingOptions, max_depth: Tensor | None
+) -> CandidateTree:
+    """The likeliest nodes by both drafters: the second re-drafts after the K likeliest paths of the first."""
+    guesses, paths = draft.guesses(options.tree_width), None
+    if options.num_branches:
+        longest = options.second_block_size - 2  # a position is left to draft
+        paths = likeliest_paths(anchors, guesses, options.num_branches, longest)
+        redraft = drafters[1].redraft_paths(anchors, paths, options.second_block_size)
+        guesses = guesses.followed_by(redraft.guesses(options.tree_width))
+    return expand(anchors, guesses, paths, budget=options.tree_budget, max_depth=max_depth)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .attention import Nodes, TreeAttention, TreePlan
 from .cache import TreeCache
+from .expansion import Guesses, Paths
 from .modeling import D2SDDrafterModel
 from .target import TargetPass, execution_device
 from .tree import Branches
@@ -18,10 +19,30 @@ from .tree import Branches
 
 @dataclass(frozen=True)
 class Draft:
-    """The drafter's own choice at the positions 1..γ-1 of each block."""
+    """What the drafter says of the positions 1..γ-1 of each block: its own choice, and what that is chosen from."""
 
     tokens: Tensor  # (B, K, γ-1)
     confidence: Tensor  # (B, K, γ-1), its probability of that token
+    logits: Tensor | None = None  # (B, K, γ-1, V'), over the confidence temperatures
+    token_ids: Tensor | None = None  # (V',), the tokens of a pruned draft vocabulary
+
+    def guesses(self, width: int) -> Guesses:
+        """The W = `width` likeliest tokens of each position; fewer where the draft vocabulary has fewer."""
+        best = self.logits.topk(min(width, self.logits.shape[-1]), dim=-1)
+        log_probs = best.values - self.logits.logsumexp(-1, keepdim=True)
+        return Guesses(self._tokens(best.indices), log_probs.to(self.tokens.device))
+
+    def samples(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """For each row, `count` draws from the first block's distributions: tokens and probabilities (B, K, γ-1)."""
+        probabilities = self.logits[:, 0].softmax(-1)  # (B, γ-1, V')
+        drawn = probabilities.flatten(0, 1).multinomial(count, replacement=True, generator=generator)
+        drawn = drawn.view(*probabilities.shape[:2], count)
+        confidence = probabilities.gather(-1, drawn).transpose(1, 2)
+        return self._tokens(drawn).transpose(1, 2), confidence.to(self.tokens.device)
+
+    def _tokens(self, indices: Tensor) -> Tensor:
+        tokens = indices if self.token_ids is None else self.token_ids[indices.to(self.token_ids.device)]
+        return tokens.to(self.tokens.device)
 
 
 class Drafter:
@@ -41,6 +62,7 @@ class Drafter:
         self.context = context if context is not None else DraftContext(TreeCache(model.config))
         self.device, self.dtype = execution_device(model.fc), model.fc.weight.dtype
         self._embed, self._head = target.get_input_embeddings(), draft_head(model, target.get_output_embeddings())
+        self._generator = torch.Generator(execution_device(target.get_output_embeddings())).manual_seed(0)  # not yours
         self._attention = TreeAttention.for_model(model, backend, two_sided=True)
         self._nodes = {}  # (B, K, γ) → what the queries of such blocks see of each other
 
@@ -71,12 +93,20 @@ class Drafter:
 
     def redraft(self, anchor: Tensor, tokens: Tensor, prefix_lengths: Tensor, block_size: int) -> Branches:
         """The second draft: K blocks a row in one pass, each keeping a prefix of the first block's tokens (B, γ-1)."""
-        blocks = self._masked_blocks(anchor, prefix_lengths.shape[1], block_size)
-        size = tokens.shape[1]
-        kept = torch.arange(size, device=tokens.device) < prefix_lengths[..., None]  # (B, K, γ-1)
-        blocks[..., 1 : 1 + size] = torch.where(kept, tokens[:, None], blocks[..., 1 : 1 + size])
-        draft = self._denoise(blocks)
+        draft = self.redraft_paths(anchor, Paths(tokens[:, None], prefix_lengths), block_size)
         return Branches(prefix_lengths, draft.tokens, draft.confidence)
+
+    def redraft_paths(self, anchor: Tensor, paths: Paths, block_size: int) -> Draft:
+        """K blocks a row in one pass, each keeping the tokens of one of the row's paths and masked after it."""
+        blocks = self._masked_blocks(anchor, paths.lengths.shape[1], block_size)
+        size = min(paths.tokens.shape[2], block_size - 1)
+        kept = torch.arange(size, device=anchor.device) < paths.lengths[..., None]  # (B, K, size)
+        blocks[..., 1 : 1 + size] = torch.where(kept, paths.tokens[..., :size], blocks[..., 1 : 1 + size])
+        return self._denoise(blocks)
+
+    def sample_branches(self, draft: Draft, prefix_lengths: Tensor) -> Branches:
+        """Branches without another pass: after each kept prefix, draws from the first draft's own distributions."""
+        return Branches(prefix_lengths, *draft.samples(prefix_lengths.shape[1], self._generator))
 
     def _masked_blocks(self, anchor: Tensor, count: int, block_size: int) -> Tensor:
         blocks = anchor.new_full((len(anchor), count, block_size), self.model.config.mask_token_id)
@@ -135,9 +165,10 @@ class Drafter:
         best = logits.max(-1)
         confidence = (best.values - logits.logsumexp(-1)).exp()
         tokens = best.indices
-        if self.model.config.draft_vocab_size is not None:
-            tokens = self.model.draft_token_ids[tokens.to(self.device)]
-        return Draft(tokens.to(device), confidence.to(device))
+        token_ids = self.model.draft_token_ids if self.model.config.draft_vocab_size is not None else None
+        if token_ids is not None:
+            tokens = token_ids[tokens.to(self.device)]
+        return Draft(tokens.to(device), confidence.to(device), logits, token_ids)
 
 
 def _slots(before: list[int], width: int, start: int, size: int, device: torch.device) -> Tensor:

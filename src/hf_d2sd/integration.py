@@ -20,7 +20,14 @@ from .prompts import Prompt, join_records, join_sequences, read_prompt
 from .stats import D2SDStats
 from .target import Target
 
-_OPTIONS = ("d2sd_num_branches", "d2sd_tree_budget", "d2sd_block_size", "d2sd_attention_backend")
+_OPTIONS = (
+    "d2sd_num_branches",
+    "d2sd_tree_budget",
+    "d2sd_block_size",
+    "d2sd_attention_backend",
+    "d2sd_tree_width",
+    "d2sd_branch_source",
+)
 _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 
 
@@ -195,7 +202,8 @@ def assisted_decode(
     if streamer is not None and prompt.rows > 1:
         raise ValueError(f"A streamer takes one sequence, got a batch of {prompt.rows}: drop `streamer`.")
     options = decoding_options(assistant, generation_config)
-    models = assistant.drafters if options.num_branches else [assistant.first]
+    both = options.num_branches and options.branch_source == "second"
+    models = assistant.drafters if both else [assistant.first]
     # Of a batch the cache is put together only if somebody will see it.
     returns_cache = generation_config.return_dict_in_generate or getattr(user_cache, "_is_user_defined", False)
     returns_cache |= prompt.rows == 1
@@ -273,17 +281,21 @@ def decoding_options(assistant: D2SDAssistant, generation_config: GenerationConf
     """
     config = assistant.config
     first, second = config.first.block_size, config.second.block_size if config.second is not None else None
-    num_branches, tree_budget, block_size, backend = (getattr(generation_config, name, None) for name in _OPTIONS)
+    num_branches, tree_budget, block_size, backend, tree_width, branch_source = (
+        getattr(generation_config, name, None) for name in _OPTIONS
+    )
     options = DecodingOptions(
         num_branches=config.num_branches if num_branches is None else num_branches,
         tree_budget=config.tree_budget if tree_budget is None else tree_budget,
         block_size=first if block_size is None else block_size,
         second_block_size=(second or first) - (first - block_size if block_size is not None else 0),
         attention_backend=backend,
+        tree_width=config.tree_width if tree_width is None else tree_width,
+        branch_source="second" if branch_source is None else branch_source,
     )
     if options.block_size > first:
         raise ValueError(f"d2sd_block_size is {options.block_size}; the first drafter was made for at most {first}.")
-    if options.num_branches and assistant.second is None:
+    if options.num_branches and options.branch_source == "second" and assistant.second is None:
         raise ValueError(
             f"d2sd_num_branches is {options.num_branches}, but the assistant has no second drafter. Set it to 0, or "
             "load a pair: D2SDAssistant.from_drafters(first, second)."

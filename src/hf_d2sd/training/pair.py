@@ -16,6 +16,7 @@ class JoinOptions:
     second: str | None = field(default=None, metadata={"help": "folder or Hub id of the second drafter"})
     num_branches: int | None = field(default=None, metadata={"help": "K, the pair's default"})
     tree_budget: int | None = field(default=None, metadata={"help": "nodes in a target pass, the pair's default"})
+    tree_width: int = field(default=1, metadata={"help": "tokens of a draft at one place, the pair's default"})
     dtype: str = "bfloat16"
 
 
@@ -25,6 +26,7 @@ def join(options: JoinOptions) -> dict[str, int]:
         options.second,
         num_branches=options.num_branches,
         tree_budget=options.tree_budget,
+        tree_width=options.tree_width,
         dtype=getattr(torch, options.dtype),
     )
     assistant.save_pretrained(options.out)
