@@ -1,15 +1,18 @@
-"""Tokens a target pass of each strategy of the paper's ablation, greedy, on SmolLM2-135M-Instruct.
+"""Tokens a target pass of each strategy, greedy, on SmolLM2-135M-Instruct: the paper's ablation, and wide trees.
 
     python benchmarks/acceptance.py --pair FOLDER --out FILE.json
 
-Every prompt of benchmarks/prompts (first turns) is answered with each strategy: the first drafter alone, the first
-drafter reused as second, and D²SD with both. Rows go to FILE.jsonl as they come, and a killed run goes on where it
-stopped. The mean over files is that of the files' own figures, so that each counts alike. Trees are whole unless
---budget cuts them.
+Every prompt of benchmarks/prompts (first turns) is answered with each strategy by real decoding, some of a task
+side by side. Rows go to FILE.jsonl as they come, and a killed run goes on where it stopped; several runs with --part
+share the work. The mean over files is that of the files' own figures, so that each counts alike.
+
+The rows of the paper's ablation hold all nodes that the drafts give; the wide trees hold --nodes, the anchor included:
+the nodes a pass are printed beside each figure, since they are what a pass costs.
 """
 
 import argparse
 import json
+import platform
 from collections import defaultdict
 from pathlib import Path
 
@@ -20,67 +23,106 @@ from smollm2 import load_smollm2
 
 import hf_d2sd
 
-STRATEGIES = ("first alone", "first reused as second", "D²SD")
+WHOLE = 10_000  # nodes: more than any tree has
 
 
-def assistants(pair: str, branches: int, dtype: torch.dtype) -> dict[str, tuple[hf_d2sd.D2SDAssistant, int]]:
-    """By strategy: an assistant, and its K."""
-    both = hf_d2sd.D2SDAssistant.from_pretrained(pair, dtype=dtype)
-    reused = hf_d2sd.D2SDAssistant.from_drafters(both.first, both.first)
-    return dict(zip(STRATEGIES, ((both, 0), (reused, branches), (both, branches))))
+def strategies(args) -> dict[str, tuple[bool, dict]]:
+    """By name: whether the first drafter stands in for the second, and the options of `generate`."""
+    branches, wide = args.branches, dict(d2sd_tree_width=args.width, d2sd_tree_budget=args.nodes)
+    narrow = dict(d2sd_tree_width=1, d2sd_tree_budget=WHOLE)
+    return {
+        "first drafter alone": (False, dict(d2sd_num_branches=0, **narrow)),
+        "+ resampled branches": (False, dict(d2sd_num_branches=branches, d2sd_branch_source="samples", **narrow)),
+        "first drafter reused as second": (True, dict(d2sd_num_branches=branches, **narrow)),
+        "D²SD as in the paper": (False, dict(d2sd_num_branches=branches, **narrow)),
+        "wide tree, first drafter alone": (False, dict(d2sd_num_branches=0, **wide)),
+        "wide tree, first drafter reused": (True, dict(d2sd_num_branches=branches, **wide)),
+        "wide tree, D²SD": (False, dict(d2sd_num_branches=branches, **wide)),
+    }
 
 
-def measure(args) -> list[dict]:
-    """A row for each prompt and strategy: committed tokens and cycles."""
-    dtype = getattr(torch, args.dtype)
-    target, tokenizer = load_smollm2(dtype)
-    strategies = assistants(args.pair, args.branches, dtype)
-    path = args.out.with_suffix(".jsonl")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    known = {(row["key"], row["strategy"]) for row in rows}
-    entries = []
+def batches(args, tokenizer) -> list[tuple[str, str, list[str], list[list[int]]]]:
+    """File, task, keys and prompts of each batch: prompts of one task, of like length."""
+    result = []
     for file in args.prompts:
-        first_turns = [{**e, "file": file.stem} for e in read_prompts([file]) if e["key"].endswith("#0")]
-        entries += first_turns[:: max(1, len(first_turns) // args.max_prompts)] if args.max_prompts else first_turns
-    for number, entry in enumerate(entries, 1):
-        inputs = torch.tensor([chat_ids(tokenizer, entry, {})])
-        for strategy, (assistant, branches) in strategies.items():
-            if (entry["key"], strategy) in known:
-                continue
-            target.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                assistant_model=assistant,
-                do_sample=False,
-                max_new_tokens=args.max_new_tokens,
-                d2sd_num_branches=branches,
-                d2sd_tree_budget=args.budget,
-            )
-            stats = assistant.last_stats
-            counts = {"tokens": stats.new_tokens - 1, "cycles": stats.cycles, "nodes": sum(stats.tree_sizes)}
-            row = {"key": entry["key"], "file": entry["file"], "task": entry["task"], "strategy": strategy, **counts}
-            rows.append(row)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        print(f"{number}/{len(entries)}", flush=True)
+        tasks = defaultdict(list)
+        entries = [entry for entry in read_prompts([file]) if entry["key"].endswith("#0")]
+        if args.max_prompts:
+            entries = entries[:: max(1, len(entries) // args.max_prompts)][: args.max_prompts]
+        for entry in entries:
+            tasks[entry["task"]].append((chat_ids(tokenizer, entry, {}), entry["key"]))
+        for task, prompts in tasks.items():
+            prompts.sort(key=lambda prompt: len(prompt[0]))
+            for start in range(0, len(prompts), args.batch_size):
+                part = prompts[start : start + args.batch_size]
+                result.append((file.stem, task, [key for _, key in part], [ids for ids, _ in part]))
+    return result
+
+
+def left_padded(rows: list[list[int]], filler: int) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = [[filler] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Complete rows of a run and of its parts."""
+    rows = []
+    for file in sorted(path.parent.glob(f"{path.stem}*.jsonl")):
+        rows += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
     return rows
 
 
-def table(rows: list[dict]) -> dict[str, dict]:
+def measure(args) -> None:
+    """Write a row for each batch and strategy: committed tokens, target passes and nodes."""
+    dtype = getattr(torch, args.dtype)
+    target, tokenizer = load_smollm2(dtype)
+    pair = hf_d2sd.D2SDAssistant.from_pretrained(args.pair, dtype=dtype)
+    reused = hf_d2sd.D2SDAssistant.from_drafters(pair.first, pair.first)
+    path = args.out.with_name(f"{args.out.stem}{f'-{args.part}' if args.parts > 1 else ''}.jsonl")
+    known = {(row["keys"][0], row["strategy"]) for row in read_rows(args.out)}
+    todo = batches(args, tokenizer)[args.part :: args.parts]
+    for number, (file, task, keys, prompts) in enumerate(todo, 1):
+        inputs = left_padded(prompts, target.generation_config.eos_token_id)
+        for strategy, (is_reused, options) in strategies(args).items():
+            if (keys[0], strategy) in known:
+                continue
+            assistant = reused if is_reused else pair
+            target.generate(
+                **inputs,
+                assistant_model=assistant,
+                do_sample=False,
+                max_new_tokens=args.max_new_tokens,
+                pad_token_id=target.generation_config.eos_token_id,
+                **options,
+            )
+            stats = assistant.last_stats
+            tokens, passes = sum(stats.committed_per_cycle), len(stats.committed_per_cycle)
+            row = {"file": file, "task": task, "keys": keys, "strategy": strategy, "tokens": tokens, "passes": passes}
+            with open(path, "a", encoding="utf-8") as out:
+                out.write(json.dumps({**row, "nodes": sum(stats.tree_sizes)}, ensure_ascii=False) + "\n")
+        print(f"{number}/{len(todo)}", flush=True)
+
+
+def table(args, rows: list[dict]) -> dict[str, dict]:
     """By strategy: tokens a target pass for each file and task, their mean over files, and nodes a pass."""
     result = {}
-    for strategy in STRATEGIES:
+    for strategy in strategies(args):
         sums = defaultdict(lambda: [0, 0])
         mine = [row for row in rows if row["strategy"] == strategy]
         for row in mine:
             for group in {row["file"], row["task"]}:
                 sums[group][0] += row["tokens"]
-                sums[group][1] += row["cycles"]
-        means = {group: round(tokens / max(cycles, 1), 3) for group, (tokens, cycles) in sorted(sums.items())}
-        files = {row["file"] for row in mine}
-        mean = sum(sums[file][0] / max(sums[file][1], 1) for file in files) / max(len(files), 1)
-        nodes = sum(row["nodes"] for row in mine) / max(sum(row["cycles"] for row in mine), 1)
-        result[strategy] = {"mean of files": round(mean, 3), "nodes a pass": round(nodes, 1), **means}
+                sums[group][1] += row["passes"]
+        means = {group: tokens / max(passes, 1) for group, (tokens, passes) in sorted(sums.items())}
+        files = sorted({row["file"] for row in mine})
+        result[strategy] = {
+            "prompts": sum(len(row["keys"]) for row in mine),
+            "mean of files": round(sum(means[file] for file in files) / max(len(files), 1), 3),
+            "nodes a pass": round(sum(row["nodes"] for row in mine) / max(sum(row["passes"] for row in mine), 1), 1),
+            **{group: round(mean, 3) for group, mean in means.items()},
+        }
     return result
 
 
@@ -88,23 +130,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", default=str(PAIR))
     parser.add_argument("--prompts", type=Path, nargs="+", default=sorted((HERE / "prompts").glob("*.jsonl")))
-    parser.add_argument("--max-prompts", type=int, help="about so many of each file, evenly spread")
-    parser.add_argument("--branches", type=int, default=4)
-    parser.add_argument("--budget", type=int, default=10_000, help="nodes in a tree")
+    parser.add_argument("--max-prompts", type=int, help="so many of each file, evenly spread")
+    parser.add_argument("--branches", type=int, default=4, help="K")
+    parser.add_argument("--width", type=int, default=8, help="of the wide trees")
+    parser.add_argument("--nodes", type=int, default=32, help="of the wide trees")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--part", type=int, default=0)
+    parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    measure(args)
     result = {
-        "what": "tokens committed in a target pass, greedy",
+        "what": "tokens committed in a target pass, greedy, the prompt's pass left out",
+        "pair": Path(args.pair).name,
         "branches": args.branches,
-        "budget": args.budget,
+        "width and nodes of wide trees": [args.width, args.nodes],
         "dtype": args.dtype,
         "max_new_tokens": args.max_new_tokens,
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
-        "strategies": table(measure(args)),
+        "cpu": platform.machine(),
+        "strategies": table(args, read_rows(args.out)),
     }
     args.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(result["strategies"], indent=2, ensure_ascii=False))
