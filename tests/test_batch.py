@@ -179,10 +179,13 @@ def test_the_next_turn_of_a_batch_equals_each_row_alone(family, first, only_new)
     whole = torch.cat([one.sequences, more], dim=1)
     mask = torch.cat([inputs["attention_mask"], kept.long(), torch.ones_like(more)], dim=1)
     given = whole[:, one[CACHE_NAME].get_seq_length() :] if only_new else whole
-    out = generate(family, {"input_ids": given, "attention_mask": mask}, **{CACHE_NAME: one[CACHE_NAME]}, assistant_model=pair)  # fmt: skip
+    second = {"input_ids": given, "attention_mask": mask}
+    out = generate(family, second, assistant_model=pair, **{CACHE_NAME: one[CACHE_NAME]})
     for row in range(5):
         alone = whole[row : row + 1, mask[row].bool()]
-        expected = generate(family, {"input_ids": alone})[0, alone.shape[1] :]
+        # The mask is said: left out, it would hide tokens that happen to be the padding's.
+        expected = generate(family, {"input_ids": alone, "attention_mask": torch.ones_like(alone)})
+        expected = expected[0, alone.shape[1] :]
         assert out[row, given.shape[1] :].tolist() == expected.tolist()
 
 
@@ -243,7 +246,8 @@ def test_a_processor_of_the_users_sees_its_row_where_it_stands():
     inputs = pad(prompts(5, 1))
     processors = LogitsProcessorList([ByRow(), RepetitionPenaltyLogitsProcessor(1.3)])
     plain = generate("llama", inputs, logits_processor=processors)
-    assert generate("llama", inputs, logits_processor=processors, assistant_model=tiny_assistant()).tolist() == plain.tolist()  # fmt: skip
+    ours = generate("llama", inputs, logits_processor=processors, assistant_model=tiny_assistant())
+    assert ours.tolist() == plain.tolist()
 
 
 def test_num_return_sequences_samples_so_many_rows():
@@ -303,7 +307,8 @@ def test_images_in_a_padded_batch():
 
 def test_inputs_embeds_of_a_padded_batch():
     inputs = pad(prompts(4))
-    embeds = dict(inputs_embeds=tiny_target().get_input_embeddings()(inputs["input_ids"]), attention_mask=inputs["attention_mask"])  # fmt: skip
+    embedded = tiny_target().get_input_embeddings()(inputs["input_ids"])
+    embeds = dict(inputs_embeds=embedded, attention_mask=inputs["attention_mask"])
     assert generate("llama", embeds, assistant_model=tiny_assistant()).tolist() == generate("llama", embeds).tolist()
 
 
@@ -320,10 +325,10 @@ def test_one_padded_row_is_no_batch():
     assert got.tolist() == generate("llama", second).tolist()
 
 
-def test_sliding_and_half_precision_drafters_serve_batches(monkeypatch):
+def test_sliding_and_half_precision_drafters_serve_batches():
     windowed = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=5)
     pair = D2SDAssistant.from_drafters(tiny_drafter(**windowed).bfloat16(), tiny_drafter(seed=1, **windowed))
-    inputs, (truths, eos) = pad(prompts(5, 1)), ends_of("llama", 5, 1)
+    inputs, (_, eos) = pad(prompts(5, 1)), ends_of("llama", 5, 1)
     out = generate("llama", inputs, eos_token_id=eos, assistant_model=pair)
     assert out.tolist() == generate("llama", inputs, eos_token_id=eos).tolist()
 
@@ -337,7 +342,8 @@ def test_the_drafts_of_a_batch_are_those_of_each_row_alone():
         draft = stock(drafter, blocks)
         for at, block in enumerate(blocks.tolist()):
             key = id(drafter.model), drafter.context.positions[at], str(block)
-            seen.setdefault(key, []).append((draft.tokens[at], draft.confidence[at]))
+            found = seen.setdefault(key, {}).setdefault(len(blocks) > 1, [])
+            found.append(draft.confidence[at].flatten().tolist())
         return draft
 
     with pytest.MonkeyPatch.context() as patch:
@@ -345,11 +351,11 @@ def test_the_drafts_of_a_batch_are_those_of_each_row_alone():
         generate("llama", pad(rows), assistant_model=pair)
         for row in rows:
             generate("llama", {"input_ids": row[None]}, assistant_model=pair)
-    twice = [found for found in seen.values() if len(found) > 1]
-    assert len(twice) > 60
-    for (tokens, confidence), (other_tokens, other_confidence), *_ in twice:
-        assert tokens.tolist() == other_tokens.tolist()
-        torch.testing.assert_close(confidence, other_confidence, atol=1e-4, rtol=1e-4)
+    both = [found for found in seen.values() if len(found) == 2]
+    assert len(both) > 60
+    for found in both:  # several, where rows have the same block at the same place
+        for one, other in zip(*(sorted(found[kind]) for kind in (True, False)), strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
 
 
 def test_pipelines_take_batches(tokenizer):  # noqa: F811
