@@ -8,11 +8,11 @@ import torch
 import transformers as tf
 from tiny import FAMILIES, VOCAB, WINDOW, OracleDrafts, image_inputs, prompt, tiny_assistant, tiny_target
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_eager
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from hf_d2sd.attention import MaskedAttention, tree_mask
-from hf_d2sd.cache import TreeCache
+from hf_d2sd import attention
+from hf_d2sd.attention import Nodes, TreeAttention, choose, tree_mask
+from hf_d2sd.cache import TreeCache, TreeLayer
 from hf_d2sd.target import Target
 from hf_d2sd.tree import CandidateTree
 
@@ -30,15 +30,23 @@ def random_tree(seed: int, size: int) -> CandidateTree:
         depths.append(depths[parents[-1]] + 1)
     tokens = torch.randint(2, 20, (size,), generator=generator)
     zeros = torch.zeros(size, dtype=torch.long)
-    return CandidateTree(tokens, torch.tensor(parents), torch.tensor(depths), zeros.float(), zeros)
+    fields = tokens, torch.tensor(parents), torch.tensor(depths), zeros.float(), zeros
+    return CandidateTree(*(field[None] for field in fields))
 
 
 def path_to(tree: CandidateTree, node: int) -> list[int]:
     path = []
     while node != -1:
         path.append(node)
-        node = int(tree.parents[node])
+        node = int(tree.parents[0, node])
     return path[::-1]
+
+
+def mask_of(tree: CandidateTree, position: int, cached: int, window: int | None) -> torch.Tensor:
+    """(N, cached + N): the mask of a layer that hands out the last `cached` of `position` keys."""
+    layer = TreeLayer(None if cached == position else window)
+    layer.length = position
+    return tree_mask(Nodes.of_tree(tree), [position], position, layer, window)[0]
 
 
 class TestTheMask:
@@ -49,7 +57,7 @@ class TestTheMask:
             tree = random_tree(seed, size=1 + seed % 9)
             # A sliding layer hands out the last W-1 cached keys; one that was never cut hands out all of them.
             for cached in {position, position if window is None else min(position, window - 1)}:
-                mask = tree_mask(tree.visibility(), tree.depths, position, cached, window)
+                mask = mask_of(tree, position, cached, window)
                 assert mask.shape == (len(tree), cached + len(tree))
                 for node in range(len(tree)):
                     at = position + len(path_to(tree, node)) - 1
@@ -66,15 +74,15 @@ class TestTheMask:
         """What a sliding layer does not hand out is out of every node's sight."""
         for seed in range(20):
             tree = random_tree(seed, size=8)
-            whole = tree_mask(tree.visibility(), tree.depths, 30, 30, window=6)
+            whole = mask_of(tree, 30, 30, window=6)
             assert not whole[:, : 30 - 5].any()
-            assert torch.equal(whole[:, 30 - 5 :], tree_mask(tree.visibility(), tree.depths, 30, 5, window=6))
+            assert torch.equal(whole[:, 30 - 5 :], mask_of(tree, 30, 5, window=6))
 
     def test_an_additive_mask_hides_what_the_boolean_one_hides(self):
         seen = torch.rand(5, 9) < 0.5
         for dtype in (torch.float32, torch.bfloat16):
-            attention = MaskedAttention("eager", "", {}, None)
-            mask = attention.as_mask(seen, dtype)
+            chosen = TreeAttention("eager", "", "eager", {}, None)
+            mask = chosen.as_mask(seen[None], dtype)
             assert (mask.shape, mask.dtype) == ((1, 1, 5, 9), dtype)
             assert torch.equal(mask[0, 0] == 0, seen)
             assert (mask[0, 0][~seen] == torch.finfo(dtype).min).all()
@@ -113,14 +121,14 @@ def test_a_nodes_logits_are_those_of_its_own_path(family, length):
     target, committed = prefilled_target(family, inputs), []
     for cycle in range(2):
         tree = random_tree(cycle, size=24)
-        logits = target.verify(tree).logits
+        logits = target.verify(tree).logits[0]
         for node in range(len(tree)):
-            tokens = committed + tree.tokens[path_to(tree, node)].tolist()
+            tokens = committed + tree.tokens[0, path_to(tree, node)].tolist()
             expected = forward_path(family, inputs, tokens)
             torch.testing.assert_close(logits[node], expected, atol=TOLERANCE, rtol=TOLERANCE)
         path = path_to(tree, len(tree) - 3)
-        target.commit(torch.tensor(path))
-        committed += tree.tokens[path].tolist()
+        target.commit(torch.tensor([path]), [len(path)])
+        committed += tree.tokens[0, path].tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,13 +136,13 @@ def test_a_nodes_logits_are_those_of_its_own_path(family, length):
 def test_a_wrong_parent_changes_the_logits(family):
     """The control of the test above: its tolerance tells a path from a path with one other token."""
     target = prefilled_target(family, model_inputs(family, 9))
-    tokens, zeros = torch.tensor([4, 5, 9, 6]), torch.zeros(4, dtype=torch.long)
-    depths = torch.tensor([0, 1, 1, 2])
-    right = CandidateTree(tokens, torch.tensor([-1, 0, 0, 1]), depths, zeros.float(), zeros)
-    wrong = CandidateTree(tokens, torch.tensor([-1, 0, 0, 2]), depths, zeros.float(), zeros)
+    tokens, zeros = torch.tensor([[4, 5, 9, 6]]), torch.zeros(1, 4, dtype=torch.long)
+    depths = torch.tensor([[0, 1, 1, 2]])
+    right = CandidateTree(tokens, torch.tensor([[-1, 0, 0, 1]]), depths, zeros.float(), zeros)
+    wrong = CandidateTree(tokens, torch.tensor([[-1, 0, 0, 2]]), depths, zeros.float(), zeros)
     results = []
     for tree in (right, wrong):
-        results.append(target.verify(tree).logits)
+        results.append(target.verify(tree).logits[0])
         target.cache.crop(-len(tree))
     torch.testing.assert_close(results[0][:3], results[1][:3], atol=TOLERANCE, rtol=TOLERANCE)
     assert (results[0][3] - results[1][3]).abs().max() > 100 * TOLERANCE
@@ -143,14 +151,14 @@ def test_a_wrong_parent_changes_the_logits(family):
 class TestTheImplementation:
     def test_active_restores_the_models_own_also_after_an_error(self):
         model = copy.deepcopy(tiny_target("llama"))
-        attention = MaskedAttention("eager", "", {}, model.config)
+        chosen = TreeAttention("eager", "", "eager", {}, model.config)
         own = model.config._attn_implementation
         assert own != "eager"
-        with attention.active():
+        with chosen.active():
             assert model.config._attn_implementation == "eager"
         assert model.config._attn_implementation == own
         with pytest.raises(RuntimeError, match="inside"):
-            with attention.active():
+            with chosen.active():
                 raise RuntimeError("inside")
         assert model.config._attn_implementation == own
 
@@ -159,7 +167,7 @@ class TestTheImplementation:
         stock = Target.verify
 
         def broken(self, tree):
-            tree.tokens[0] = VOCAB + 1  # an index error in the embedding, inside the forward
+            tree.tokens[0, 0] = VOCAB + 1  # an index error in the embedding, inside the forward
             return stock(self, tree)
 
         monkeypatch.setattr(Target, "verify", broken)
@@ -168,7 +176,7 @@ class TestTheImplementation:
         assert target.config._attn_implementation == delegate.name
 
     @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
-    def test_another_implementation_prefills_and_sdpa_verifies(self, family, delegate, monkeypatch):
+    def test_another_implementation_prefills_and_the_cascade_verifies(self, family, delegate, monkeypatch):
         target, assistant = with_attention(family, delegate.name), tiny_assistant(4, 6)
         plain = target.generate(prompt(), do_sample=False, max_new_tokens=16)
         OracleDrafts(monkeypatch, plain[0], 0.7)
@@ -176,25 +184,28 @@ class TestTheImplementation:
         ours = target.generate(prompt(), do_sample=False, max_new_tokens=16, assistant_model=assistant)
         assert ours.tolist() == plain.tolist() == greedy(family)
         assert set(delegate.queries) == {prompt().shape[1]}, "it ran the prefill, and nothing else"
-        assert assistant.attention_backend.startswith("sdpa")
-        assert delegate.name in assistant.attention_backend
+        assert assistant.attention_backend.startswith("cpu: ")
         assert target.config._attn_implementation == delegate.name
 
-    def test_where_a_model_has_no_sdpa_eager_verifies(self, delegate, monkeypatch):
-        monkeypatch.setattr(delegate, "forward", gpt_oss_eager)
-        AttentionMaskInterface.register(delegate.name, eager_mask)
-        target, assistant = with_attention("gpt_oss", delegate.name), tiny_assistant(4, 6)
-        plain = target.generate(prompt(), do_sample=False, max_new_tokens=12)
-        OracleDrafts(monkeypatch, plain[0], 0.7)
-        ours = target.generate(prompt(), do_sample=False, max_new_tokens=12, assistant_model=assistant)
-        assert ours.tolist() == plain.tolist()
-        assert assistant.attention_backend.startswith("eager")
-        assert delegate.name in assistant.attention_backend
+    def test_a_model_that_takes_no_other_function_is_verified_with_a_mask(self, monkeypatch):
+        """Its own where that is one, else SDPA, else eager."""
+        for family, expected in (("llama", "sdpa"), ("gpt_oss", "eager")):
+            target, assistant = copy.deepcopy(tiny_target(family)), tiny_assistant(4, 6)
+            monkeypatch.setattr(type(target.model), "_supports_attention_backend", False)
+            ours = target.generate(prompt(), do_sample=False, max_new_tokens=16, assistant_model=assistant)
+            assert ours.tolist() == greedy(family)
+            assert assistant.attention_backend.startswith(f"{expected}: with a mask over all keys, since")
 
-    def test_the_models_own_implementation_is_used_where_it_takes_masks(self):
-        for implementation in ("eager", "sdpa"):
-            target = with_attention("llama", implementation)
-            assert MaskedAttention.for_model(target).implementation == implementation
+    def test_the_choice_is_logged_once(self, caplog, monkeypatch):
+        choose.cache_clear()
+        monkeypatch.setattr(attention.logger, "propagate", True)
+        attention.logger.setLevel("INFO")
+        try:
+            for _ in range(3):
+                tiny_target("qwen2").generate(prompt(), max_new_tokens=4, assistant_model=tiny_assistant(4, 6))
+        finally:
+            attention.logger.setLevel("WARNING")
+        assert 1 <= len([r for r in caplog.records if "D²SD runs candidate trees with 'cpu'" in r.message]) <= 2
 
 
 class Delegate:

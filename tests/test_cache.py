@@ -73,7 +73,7 @@ class TestTakingOverAndGivingBack:
         before = [layer.keys.clone() for layer in cache.layers]
         tree_cache = TreeCache.take_over(tiny_target().config, cache)
         step("llama", prompt(3, seed=1), tree_cache)
-        tree_cache.keep(9, torch.tensor([2]))
+        tree_cache.keep(dict.fromkeys(tree_cache.starts(), 9), torch.tensor([[2]]), [1])
         tree_cache.crop(-5)
         step("llama", prompt(3, seed=2), tree_cache)
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before))
@@ -99,7 +99,8 @@ def chain_tree(tokens, parents) -> CandidateTree:
     for parent in parents[1:]:
         depths.append(depths[parent] + 1)
     zeros = torch.zeros(len(tokens), dtype=torch.long)
-    return CandidateTree(torch.tensor(tokens), torch.tensor(parents), torch.tensor(depths), zeros.float(), zeros)
+    fields = torch.tensor(tokens), torch.tensor(parents), torch.tensor(depths), zeros.float(), zeros
+    return CandidateTree(*(field[None] for field in fields))
 
 
 class TestKeepingAPath:
@@ -116,10 +117,10 @@ class TestKeepingAPath:
         list(target.prefill(prompt(length), length))
         tree = chain_tree(*self.TREE)
         target.verify(tree)
-        target.commit(torch.tensor(path))
-        assert target.position == target.cache.get_seq_length() == length + len(path)
+        target.commit(torch.tensor([path]), [len(path)])
+        assert target.positions == [target.cache.get_seq_length()] == [length + len(path)]
 
-        whole = torch.cat([prompt(length), tree.tokens[path][None]], dim=1)
+        whole = torch.cat([prompt(length), tree.tokens[:, path]], dim=1)
         recomputed = DynamicCache()  # without a config its layers keep every token
         step(family, whole, recomputed)
         for layer, expected in zip(target.cache.layers, recomputed.layers):
@@ -140,10 +141,10 @@ class TestKeepingAPath:
         target = Target(model, TreeCache.take_over(model.config, cache), layer_ids={0})
         tree, path = chain_tree(*self.TREE), [0, 2, 4, 5]
         target.verify(tree)
-        target.commit(torch.tensor(path))
+        target.commit(torch.tensor([path]), [len(path)])
         target.cache.give_back(cache)
         expected = plain_cache(family, True)
-        step(family, torch.cat([prompt(length), tree.tokens[path][None]], dim=1), expected)
+        step(family, torch.cat([prompt(length), tree.tokens[:, path]], dim=1), expected)
         assert_same_contents(cache, expected)
 
 
@@ -190,13 +191,13 @@ class TestLayers:
         layer = TreeLayer()
         layer.crop(-3)
         layer.reset()
-        layer.keep(0, torch.tensor([0]))
+        layer.keep(0, torch.tensor([[0]]), [1])
         assert layer.get_seq_length() == 0
 
     def test_reset_forgets_everything(self):
         layer = TreeLayer(4)
         layer.update(*states(9))
-        layer.dropped = 3
+        layer.dropped = [3]
         layer.reset()
         assert layer.get_seq_length() == 0
         keys, values = states(2, seed=1)
@@ -218,7 +219,7 @@ class TestLayers:
         keys, values = states(10)
         layer = TreeLayer()
         layer.update(keys, values)
-        layer.keep(4, torch.tensor([0, 3, 1]))
+        layer.keep(4, torch.tensor([[0, 3, 1]]), [3])
         assert torch.equal(layer.keys, keys[:, :, [0, 1, 2, 3, 4, 7, 5]])
         assert torch.equal(layer.values, values[:, :, [0, 1, 2, 3, 4, 7, 5]])
 

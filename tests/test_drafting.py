@@ -52,13 +52,17 @@ def test_features_are_the_outputs_of_the_named_layers(family, layer_ids):
         (step,) = target.prefill(new_tokens=5, **inputs)
         assert torch.equal(step.features(layer_ids), torch.cat([outputs[i] for i in layer_ids], dim=-1))
         chain = torch.arange(3)
-        step = target.verify(CandidateTree(chain + 4, chain - 1, chain, chain.float(), chain))
-        nodes = torch.tensor([0, 2])
+        step = target.verify(CandidateTree.chain(chain[None] + 4))
+        nodes = torch.tensor([[0, 2]])
         expected = torch.cat([outputs[i][:, [0, 2]] for i in layer_ids], dim=-1)
         assert torch.equal(step.features(layer_ids, nodes), expected)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def position_of(drafter: Drafter) -> int:
+    return drafter.context.positions[0] if drafter.context.positions else 0
 
 
 def drafter_of(model, target=None) -> Drafter:
@@ -101,11 +105,11 @@ class TestOneDraft:
         model, hidden = tiny_drafter(GAMMA, **KINDS[kind]), features_of(20)
         for length in (1, 2, 7, 8, 20):
             drafter = drafter_of(model)
-            drafter.extend(part(hidden, 0, length), length)
-            draft = drafter.draft(torch.tensor(6), GAMMA)
-            assert draft.tokens.shape == draft.confidence.shape == (1, GAMMA - 1)
+            drafter.extend(part(hidden, 0, length), [length])
+            draft = drafter.draft(torch.tensor([6]), GAMMA)
+            assert draft.tokens.shape == draft.confidence.shape == (1, 1, GAMMA - 1)
             logits = alone(model, masked(model, [6]), hidden, range(length))
-            assert_reads(draft.tokens[0], draft.confidence[0], logits)
+            assert_reads(draft.tokens[0, 0], draft.confidence[0, 0], logits)
 
     @torch.no_grad()
     def test_branches_in_one_pass_equal_each_branch_alone(self, kind):
@@ -114,23 +118,23 @@ class TestOneDraft:
         lengths = [2, 0, 4, 1, 3]
         for length in (1, 2, 7, 8, 20):
             drafter = drafter_of(model)
-            drafter.extend(part(hidden, 0, length), length)
-            branches = drafter.redraft(torch.tensor(6), torch.tensor(first), torch.tensor(lengths), GAMMA + 2)
-            assert branches.tokens.shape == (5, GAMMA + 1)
-            assert branches.prefix_lengths.tolist() == lengths
+            drafter.extend(part(hidden, 0, length), [length])
+            branches = drafter.redraft(torch.tensor([6]), torch.tensor([first]), torch.tensor([lengths]), GAMMA + 2)
+            assert branches.tokens.shape == (1, 5, GAMMA + 1)
+            assert branches.prefix_lengths.tolist() == [lengths]
             for row, kept in enumerate(lengths):
                 logits = alone(model, masked(model, [6, *first[:kept]], GAMMA + 2), hidden, range(length))
-                assert_reads(branches.tokens[row], branches.confidence[row], logits)
+                assert_reads(branches.tokens[0, row], branches.confidence[0, row], logits)
 
     @torch.no_grad()
     def test_what_is_drafted_leaves_no_trace_in_the_context(self, kind):
         model, hidden = tiny_drafter(GAMMA, **KINDS[kind]), features_of(20)
         drafter = drafter_of(model)
-        drafter.extend(part(hidden, 0, 15), 15)
-        drafter.draft(torch.tensor(6), GAMMA)
+        drafter.extend(part(hidden, 0, 15), [15])
+        drafter.draft(torch.tensor([6]), GAMMA)
         assert drafter.context.cache.get_seq_length() == 15
-        drafter.extend(part(hidden, 15, 16), 16)
-        drafter.redraft(torch.tensor(7), torch.tensor([2, 3, 4, 5]), torch.tensor([1, 2, 3]), GAMMA)
+        drafter.extend(part(hidden, 15, 16), [16])
+        drafter.redraft(torch.tensor([7]), torch.tensor([[2, 3, 4, 5]]), torch.tensor([[1, 2, 3]]), GAMMA)
         assert drafter.context.cache.get_seq_length() == 16
 
 
@@ -142,7 +146,7 @@ def test_a_context_that_grew_by_cycles_equals_a_fresh_forward(kind, seed):
     model, hidden = tiny_drafter(GAMMA, seed=seed, **KINDS[kind]), features_of(90, seed)
     generator = torch.Generator().manual_seed(seed)
     drafter, known = drafter_of(model), 3
-    drafter.extend(part(hidden, 0, known), known)
+    drafter.extend(part(hidden, 0, known), [known])
     while known < 80:
         accepted = int(torch.randint(1, GAMMA + 1, (), generator=generator))
         nodes = torch.randperm(10, generator=generator)[:accepted].sort().values
@@ -150,18 +154,18 @@ def test_a_context_that_grew_by_cycles_equals_a_fresh_forward(kind, seed):
         for layer, states in zip(tree, hidden):
             layer[:, nodes] = states[:, known : known + accepted]
         known += accepted
-        drafter.extend(TargetPass(torch.empty(0), tuple(tree)), known, nodes)
+        drafter.extend(TargetPass(torch.empty(0), tuple(tree)), [known], nodes[None])
         if torch.rand((), generator=generator) < 0.3:
             continue
         if torch.rand((), generator=generator) < 0.5:
-            draft = drafter.draft(torch.tensor(6), GAMMA)
+            draft = drafter.draft(torch.tensor([6]), GAMMA)
             logits = alone(model, masked(model, [6]), hidden, range(known))
-            assert_reads(draft.tokens[0], draft.confidence[0], logits)
+            assert_reads(draft.tokens[0, 0], draft.confidence[0, 0], logits)
         else:
-            branches = drafter.redraft(torch.tensor(6), torch.tensor([4, 5, 9, 8]), torch.tensor([3, 1]), GAMMA)
+            branches = drafter.redraft(torch.tensor([6]), torch.tensor([[4, 5, 9, 8]]), torch.tensor([[3, 1]]), GAMMA)
             for row, visible in enumerate(([6, 4, 5, 9], [6, 4])):
                 logits = alone(model, masked(model, visible), hidden, range(known))
-                assert_reads(branches.tokens[row], branches.confidence[row], logits)
+                assert_reads(branches.tokens[0, row], branches.confidence[0, row], logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -217,13 +221,13 @@ class TestPrunedVocabulary:
             model = pruned_drafter(seed=seed)
             drafter = drafter_of(model, target)
             for known in (10, 12, 40):
-                drafter.extend(part(hidden, drafter.context.position, known), known)
-                draft = drafter.draft(torch.tensor(6), GAMMA)
+                drafter.extend(part(hidden, position_of(drafter), known), [known])
+                draft = drafter.draft(torch.tensor([6]), GAMMA)
                 restricted = alone(model, masked(model, [6]), hidden, range(known), target=target)[:, PRUNED]
                 best = restricted.softmax(-1).max(-1)
-                assert draft.tokens[0].tolist() == [PRUNED[i] for i in best.indices]
-                torch.testing.assert_close(draft.confidence[0], best.values, atol=1e-5, rtol=1e-5)
-                drafted.update(draft.tokens[0].tolist())
+                assert draft.tokens[0, 0].tolist() == [PRUNED[i] for i in best.indices]
+                torch.testing.assert_close(draft.confidence[0, 0], best.values, atol=1e-5, rtol=1e-5)
+                drafted.update(draft.tokens[0, 0].tolist())
         assert len(drafted) > 3, "the map is hardly tested by few tokens"
 
     @torch.no_grad()
@@ -232,10 +236,10 @@ class TestPrunedVocabulary:
         for seed in (0, 1, 0):
             target = target_with_head(False, True, seed)
             drafter = drafter_of(model, target)
-            drafter.extend(part(hidden, 0, 10), 10)
-            draft = drafter.draft(torch.tensor(6), GAMMA)
+            drafter.extend(part(hidden, 0, 10), [10])
+            draft = drafter.draft(torch.tensor([6]), GAMMA)
             restricted = alone(model, masked(model, [6]), hidden, range(10), target=target)[:, PRUNED]
-            torch.testing.assert_close(draft.confidence[0], restricted.softmax(-1).amax(-1), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(draft.confidence[0, 0], restricted.softmax(-1).amax(-1), atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
     def test_a_pruned_pair_decodes_what_plain_generate_does(self, family):
@@ -256,26 +260,26 @@ class TestContext:
         """20 tokens cached, 2 + 2 waiting; after the cut other tokens come."""
         model, hidden, others = tiny_drafter(GAMMA, **KINDS[kind]), features_of(40), features_of(40, seed=5)
         drafter = drafter_of(model)
-        drafter.extend(part(hidden, 0, 20), 20)
-        drafter.draft(torch.tensor(6), GAMMA)
-        drafter.extend(part(hidden, 20, 22), 22)
-        drafter.extend(part(hidden, 22, 24), 24)
+        drafter.extend(part(hidden, 0, 20), [20])
+        drafter.draft(torch.tensor([6]), GAMMA)
+        drafter.extend(part(hidden, 20, 22), [22])
+        drafter.extend(part(hidden, 22, 24), [24])
         drafter.context.cut(cut)
-        assert drafter.context.position == cut
-        drafter.extend(part(others, cut, 28), 28)
+        assert drafter.context.positions == [cut]
+        drafter.extend(part(others, cut, 28), [28])
         mixed = tuple(torch.cat([a[:, :cut], b[:, cut:]], dim=1) for a, b in zip(hidden, others))
-        draft = drafter.draft(torch.tensor(6), GAMMA)
-        assert_reads(draft.tokens[0], draft.confidence[0], alone(model, masked(model, [6]), mixed, range(28)))
+        draft = drafter.draft(torch.tensor([6]), GAMMA)
+        assert_reads(draft.tokens[0, 0], draft.confidence[0, 0], alone(model, masked(model, [6]), mixed, range(28)))
 
     @torch.no_grad()
     def test_cut_beyond_the_end_changes_nothing(self):
         model, hidden = tiny_drafter(GAMMA), features_of(20)
         drafter = drafter_of(model)
-        drafter.extend(part(hidden, 0, 20), 20)
+        drafter.extend(part(hidden, 0, 20), [20])
         drafter.context.cut(25)
-        assert drafter.context.position == 20
-        draft = drafter.draft(torch.tensor(6), GAMMA)
-        assert_reads(draft.tokens[0], draft.confidence[0], alone(model, masked(model, [6]), hidden, range(20)))
+        assert drafter.context.positions == [20]
+        draft = drafter.draft(torch.tensor([6]), GAMMA)
+        assert_reads(draft.tokens[0, 0], draft.confidence[0, 0], alone(model, masked(model, [6]), hidden, range(20)))
 
     @pytest.mark.parametrize("drafted_before", [True, False])
     @pytest.mark.parametrize("kind", KINDS)
@@ -284,27 +288,29 @@ class TestContext:
         """Another model decoded 5 tokens in between: their features are nowhere."""
         model, hidden = tiny_drafter(GAMMA, **KINDS[kind]), features_of(40)
         drafter = drafter_of(model)
-        drafter.extend(part(hidden, 0, 20), 20)
+        drafter.extend(part(hidden, 0, 20), [20])
         if drafted_before:
-            drafter.draft(torch.tensor(6), GAMMA)
-        drafter.extend(part(hidden, 25, 30), 30)
+            drafter.draft(torch.tensor([6]), GAMMA)
+        drafter.extend(part(hidden, 25, 30), [30])
         for known in (30, 33):
-            drafter.extend(part(hidden, drafter.context.position, known), known) if known > 30 else None
-            draft = drafter.draft(torch.tensor(6), GAMMA)
+            drafter.extend(part(hidden, position_of(drafter), known), [known]) if known > 30 else None
+            draft = drafter.draft(torch.tensor([6]), GAMMA)
             logits = alone(model, masked(model, [6]), hidden, range(25, known))
-            assert_reads(draft.tokens[0], draft.confidence[0], logits)
+            assert_reads(draft.tokens[0, 0], draft.confidence[0, 0], logits)
 
     @torch.no_grad()
     def test_cut_to_before_a_gap_leaves_nothing(self):
         model, hidden = tiny_drafter(GAMMA), features_of(40)
         drafter = drafter_of(model)
-        drafter.extend(part(hidden, 30, 36), 36)
-        drafter.draft(torch.tensor(6), GAMMA)
-        drafter.extend(part(hidden, 36, 38), 38)
+        drafter.extend(part(hidden, 30, 36), [36])
+        drafter.draft(torch.tensor([6]), GAMMA)
+        drafter.extend(part(hidden, 36, 38), [38])
         drafter.context.cut(25)
-        drafter.extend(part(hidden, 25, 29), 29)
-        draft = drafter.draft(torch.tensor(6), GAMMA)
-        assert_reads(draft.tokens[0], draft.confidence[0], alone(model, masked(model, [6]), hidden, range(25, 29)))
+        drafter.extend(part(hidden, 25, 29), [29])
+        draft = drafter.draft(torch.tensor([6]), GAMMA)
+        assert_reads(
+            draft.tokens[0, 0], draft.confidence[0, 0], alone(model, masked(model, [6]), hidden, range(25, 29))
+        )
 
 
 class TestLowPrecision:
@@ -324,11 +330,11 @@ class TestLowPrecision:
     def test_a_bfloat16_draft_is_near_the_float32_one(self):
         model, hidden = tiny_drafter(GAMMA, initializer_range=0.2), features_of(20)
         drafter = drafter_of(copy.deepcopy(model).bfloat16())
-        drafter.extend(part(hidden, 0, 20), 20)
-        draft = drafter.draft(torch.tensor(6), GAMMA)
+        drafter.extend(part(hidden, 0, 20), [20])
+        draft = drafter.draft(torch.tensor([6]), GAMMA)
         expected = alone(model, masked(model, [6]), hidden, range(20)).softmax(-1)
-        given = expected.gather(-1, draft.tokens[0][:, None]).squeeze(-1)
-        torch.testing.assert_close(draft.confidence[0], given, atol=0.05, rtol=0.1)
+        given = expected.gather(-1, draft.tokens[0, 0][:, None]).squeeze(-1)
+        torch.testing.assert_close(draft.confidence[0, 0], given, atol=0.05, rtol=0.1)
         assert draft.confidence.dtype == torch.float32
 
     def test_float32_drafters_serve_a_bfloat16_target(self):
@@ -378,9 +384,9 @@ class TestNativeParity:
 
         def draft(drafter, anchor, block_size):
             draft = stock(drafter, anchor, block_size)
-            start = drafter.context.position + 1
-            seen.append((start, draft.tokens[0].tolist(), draft.confidence[0].tolist()))
-            draft.tokens[0] = self.patched(draft.tokens[0], start, truth)
+            start = position_of(drafter) + 1
+            seen.append((start, draft.tokens[0, 0].tolist(), draft.confidence[0, 0].tolist()))
+            draft.tokens[0, 0] = self.patched(draft.tokens[0, 0], start, truth)
             return draft
 
         patch.setattr(Drafter, "draft", draft)

@@ -198,6 +198,26 @@ class TestOptions:
             tiny_assistant(4, 6).generate(prompt())
 
 
+class Silent(tf.generation.streamers.BaseStreamer):
+    def put(self, value):
+        pass
+
+    def end(self):
+        pass
+
+
+def soft_capped():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4, head_dim=8)
+    special = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = tf.Gemma2Config(
+        vocab_size=VOCAB, num_key_value_heads=2, attn_logit_softcapping=5.0, initializer_range=0.5, **sizes, **special
+    )
+    target = tf.Gemma2ForCausalLM(config).eval()
+    target.generation_config.eos_token_id = None
+    return target
+
+
 class TestWhatCannotWork:
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -205,7 +225,6 @@ class TestWhatCannotWork:
             (dict(num_beams=2), "the settings ask for beam_search"),
             (dict(num_beams=2, do_sample=True), "the settings ask for beam_sample"),
             (dict(penalty_alpha=0.6, top_k=4), "the settings ask for contrastive_search"),
-            (dict(num_return_sequences=2, do_sample=True), "num_return_sequences is 2"),
             (dict(use_cache=False), "use_cache is False"),
             (dict(output_attentions=True, return_dict_in_generate=True), "output_attentions"),
             (dict(synced_gpus=True), "synced_gpus"),
@@ -224,13 +243,55 @@ class TestWhatCannotWork:
         with pytest.raises(NotImplementedError, match="assistant_model is not supported for continuous batching"):
             generate(cache_implementation="paged")
 
-    def test_batches_and_padding_are_refused(self):
-        with pytest.raises(ValueError, match="one sequence at a time for now; got a batch of 3"):
-            generate(inputs=prompt().repeat(3, 1))
-        mask = torch.ones_like(prompt())
-        mask[0, :2] = 0
-        with pytest.raises(ValueError, match="attention_mask has zeros"):
-            generate(attention_mask=mask)
+    def test_what_a_batch_cannot_have_is_refused(self):
+        batch = prompt().repeat(3, 1)
+        with pytest.raises(ValueError, match="keeps a state of the whole batch"):
+            generate(inputs=batch, guidance_scale=1.5)
+        with pytest.raises(ValueError, match="streamer takes one sequence, got a batch of 3"):
+            generate(inputs=batch, streamer=Silent())
+        with pytest.raises(ValueError, match="Row 1 of the prompt has no new token"):
+            generate(inputs=batch, attention_mask=torch.tensor([1, 0, 1])[:, None].expand(-1, 9), pad_token_id=0)
+
+    def test_a_cache_of_another_batch_is_refused(self):
+        cache = DynamicCache()
+        tiny_target()(prompt(4).repeat(2, 1), **{CACHE_NAME: cache})
+        with pytest.raises(ValueError, match="holds 2 rows and the prompt has 3"):
+            generate(inputs=prompt().repeat(3, 1), **{CACHE_NAME: cache})
+
+    def test_a_sliding_cache_that_forgot_what_a_row_sees_is_refused(self):
+        """Padding filled the window: the tokens before it are gone, and row 0 still sees them."""
+        target, cache = tiny_target("mistral"), DynamicCache(config=tiny_target("mistral").config)
+        mask = torch.ones(2, 20, dtype=torch.long)
+        mask[0, 12:] = 0
+        target(prompt(20).repeat(2, 1), attention_mask=mask, **{CACHE_NAME: cache})
+        whole = torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], dim=1)
+        with pytest.raises(ValueError, match="tokens that gave way to padding"):
+            generate(target, inputs=prompt(23).repeat(2, 1), attention_mask=whole, **{CACHE_NAME: cache})
+
+    @pytest.mark.parametrize(
+        ("backend", "message"),
+        [
+            ("flash", "must be one of .*'varlen'.*'cpu', 'sdpa', 'eager'"),
+            ("varlen", "cannot run here: FlashAttention needs CUDA and the model is on cpu"),
+            ("flash_attention_2", "cannot run here: FlashAttention needs CUDA and the model is on cpu"),
+            ("kernels", "cannot run here: FlashAttention needs CUDA"),
+        ],
+    )
+    def test_a_backend_that_cannot_run_is_refused_with_the_reason(self, backend, message):
+        with pytest.raises(ValueError, match=message):
+            generate(d2sd_attention_backend=backend)
+
+    def test_a_mask_is_refused_where_the_model_has_no_such_attention(self):
+        with pytest.raises(ValueError, match="'sdpa' cannot run here: the model has no SDPA attention"):
+            generate(tiny_target("gpt_oss"), d2sd_attention_backend="sdpa")
+
+    def test_soft_capping_falls_to_a_backend_that_has_it(self):
+        target, pair = soft_capped(), tiny_assistant(4, 6)
+        plain = target.generate(prompt(), do_sample=False, max_new_tokens=12)
+        assert generate(target, pair, max_new_tokens=12).tolist() == plain.tolist()
+        assert pair.attention_backend.startswith("eager: with a mask over all keys, since torch's CPU kernel has no")
+        with pytest.raises(ValueError, match="'cpu' cannot run here: torch's CPU kernel has no soft-capping"):
+            generate(target, pair, d2sd_attention_backend="cpu")
 
     def test_encoder_decoders_are_refused(self):
         config = tf.T5Config(vocab_size=VOCAB, d_model=WIDTH, num_layers=1, num_heads=2, d_ff=8, d_kv=8)

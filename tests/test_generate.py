@@ -271,7 +271,7 @@ class TestWarmCaches:
         out, _, _ = self.turns("llama", pair, pair)
         _, contexts = saved_contexts(out[CACHE_NAME])
         for context in contexts:
-            waiting = sum(features.shape[1] for features in context.waiting)
+            waiting = sum(features.shape[1] for features, _ in context.waiting)
             assert context.cache.get_seq_length() + waiting == out[CACHE_NAME].get_seq_length()
 
     def test_a_cache_made_in_inference_mode_is_gone_on_from_outside_of_it(self):

@@ -114,14 +114,14 @@ def test_a_pruned_vocabulary_drafts_with_the_quantized_heads_rows(quantized):
     for seed in range(4):
         model = drafter_of(seed, pruned=True)
         drafter = Drafter(model, quantized)
-        drafter.extend(TargetPass(torch.empty(0), hidden_states), 12)
-        draft = drafter.draft(torch.tensor(6), 5)
+        drafter.extend(TargetPass(torch.empty(0), hidden_states), [12])
+        draft = drafter.draft(torch.tensor([6]), 5)
         block = torch.tensor([[6] + [model.config.mask_token_id] * 4])
         features = torch.cat([hidden_states[i + 1] for i in model.config.target_layer_ids], dim=-1)
         hidden = model(quantized.get_input_embeddings()(block), features).last_hidden_state[:, 1:]
         share = quantized.lm_head(hidden)[..., PRUNED].softmax(-1)
-        assert set(draft.tokens[0].tolist()) <= set(PRUNED)
-        chosen = torch.tensor([[PRUNED.index(token) for token in draft.tokens[0]]])
+        assert set(draft.tokens[0, 0].tolist()) <= set(PRUNED)
+        chosen = torch.tensor([[PRUNED.index(token) for token in draft.tokens[0, 0]]])
         # Near enough: a format may compute one row for another batch of rows with other rounding.
         torch.testing.assert_close(share.gather(-1, chosen[..., None])[..., 0], share.amax(-1), atol=0.02, rtol=0.02)
-        torch.testing.assert_close(draft.confidence, share.amax(-1), atol=0.02, rtol=0.02)
+        torch.testing.assert_close(draft.confidence[0], share.amax(-1), atol=0.02, rtol=0.02)

@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel, decoding
 from hf_d2sd.cache import TreeCache
-from hf_d2sd.choosing import Chooser
+from hf_d2sd.choosing import Chooser, Choosers
 from hf_d2sd.decoding import DecodingOptions, decode, grow_tree
 from hf_d2sd.drafting import Drafter
 from hf_d2sd.stats import D2SDStats
@@ -124,7 +124,7 @@ class Replay:
     def __init__(self, monkeypatch, processors):
         self.processors, self.known = LogitsProcessorList(processors), {}
         self.options = DecodingOptions(num_branches=3, tree_budget=None, block_size=4, second_block_size=5)
-        self.device, self.position, self.stats = torch.device("cpu"), PROMPT.shape[1], D2SDStats()
+        self.device, self.positions, self.stats = torch.device("cpu"), [PROMPT.shape[1]], D2SDStats()
         monkeypatch.setattr(decoding, "grow_tree", lambda *args: self.look_up()[0])
         self.first_logits = self.real_target(PROMPT)[1][-1].logits
 
@@ -139,8 +139,8 @@ class Replay:
             real, passes = self.real_target(sequence[:, :-1])
             drafters = [Drafter(model, target()) for model in assistant().drafters]
             for drafter in drafters:
-                drafter.extend(passes[0], real.position)
-            tree = grow_tree(sequence[0, -1], drafters, self.options, self.chooser.room)
+                drafter.extend(passes[0], real.positions)
+            tree = grow_tree(sequence[:, -1], drafters, self.options, [self.chooser.room])
             self.known[prefix] = tree, real.verify(tree).logits
         return self.known[prefix]
 
@@ -148,15 +148,17 @@ class Replay:
         tree, logits = self.look_up()
         return TargetPass(logits, (torch.empty(1, len(tree), 0),))
 
-    def commit(self, path):
+    def commit(self, paths, counts):
         pass
 
     @torch.no_grad()
     def text(self, chooser_class=Chooser) -> tuple[int, ...]:
         criteria = StoppingCriteriaList([MaxLengthCriteria(PROMPT.shape[1] + NEW)])
-        self.chooser = chooser_class(PROMPT, self.processors, criteria, do_sample=True)
+        choosers = Choosers(PROMPT, self.processors, criteria, do_sample=True)
+        self.chooser = choosers.rows[0]
+        self.chooser.__class__ = chooser_class
         prefilled = [TargetPass(self.first_logits, (torch.empty(1, PROMPT.shape[1], 0),))]
-        decode(self, [Blind()], self.chooser, self.options, self.stats, prefilled, emit=lambda tokens: None)
+        decode(self, [Blind()], choosers, self.options, self.stats, prefilled, emit=lambda tokens: None)
         return tuple(self.chooser.sequence[0, PROMPT.shape[1] :].tolist())
 
 
@@ -211,11 +213,11 @@ def test_a_chooser_that_favours_drafts_is_found_out(monkeypatch, share):
     class Biased(Chooser):
         def choose(self, node):
             if self.length > PROMPT.shape[1] and coin.random() < share:
-                children = (replay.tree.parents == node).nonzero().flatten()
+                children = (replay.tree.parents[0] == node).nonzero().flatten()
                 if len(children):
                     self._logits = self._logits.clone()
                     self._logits[node] = torch.where(
-                        torch.arange(VOCAB) == replay.tree.tokens[children[0]], 0.0, -torch.inf
+                        torch.arange(VOCAB) == replay.tree.tokens[0, children[0]], 0.0, -torch.inf
                     )
             return super().choose(node)
 

@@ -134,7 +134,7 @@ class OracleDrafts:
     it stays the network's.
 
     Args:
-        sequence: (L,), prompt and plain continuation.
+        sequence: (L,), prompt and plain continuation; or one for each row of a batch, all rows still in it.
         accuracy: share of the positions that become right.
         confidence: of every position; random by default.
     """
@@ -146,12 +146,15 @@ class OracleDrafts:
         monkeypatch.setattr(Drafter, "_denoise", lambda drafter, blocks: self.correct(drafter, stock(drafter, blocks)))
 
     def correct(self, drafter: Drafter, draft: Draft) -> Draft:
-        count, width = draft.tokens.shape
-        start = drafter.context.position + 1
-        truth = self.sequence[start : start + width]
-        truth = torch.nn.functional.pad(truth, (0, width - len(truth)), value=2).expand(count, -1)
-        right = torch.rand(count, width, generator=self.generator) < self.accuracy
-        confidence = torch.rand(count, width, generator=self.generator).clamp(0.05, 0.99)
+        shape, width = draft.tokens.shape, draft.tokens.shape[2]
+        truth = torch.stack([self.after(position, width) for position in drafter.context.positions])[:, None]
+        right = torch.rand(shape, generator=self.generator) < self.accuracy
+        confidence = torch.rand(shape, generator=self.generator).clamp(0.05, 0.99)
         if self.confidence is not None:
             confidence = torch.full_like(confidence, self.confidence)
         return Draft(torch.where(right, truth, draft.tokens), confidence)
+
+    def after(self, position: int, width: int) -> torch.Tensor:
+        """(width,): what follows the anchor at a position."""
+        truth = self.sequence[position + 1 : position + 1 + width]
+        return torch.nn.functional.pad(truth, (0, width - len(truth)), value=2)

@@ -170,8 +170,8 @@ def cascade(
     num_nodes = query.shape[2]
     nodes = slice(key.shape[2] - num_nodes, None)
     if mask is None:
-        out, lse = _over_segments(run, query, key[:, :, nodes], value[:, :, nodes], segments, deepest, causal, scaling,
-                                  softcap)  # fmt: skip
+        own = (states[:, :, nodes] for states in (key, value))
+        out, lse = _over_segments(run, query, *own, segments, deepest, causal, scaling, softcap)
     else:
         few = [_with_edge(states, nodes, edge) for states in (key, value)]
         out, lse = run.masked(query, *few, mask, scaling, softcap)
@@ -372,14 +372,13 @@ def plan_layer(
         edge, mask = (edge - first).clamp(min=0), additive(seen, dtype)[:, None]
     elif not kernel.packs:
         mask = additive(nodes.visible if len(lengths) > 1 else nodes.visible[:1], dtype)[:, None]
-    bounds = torch.stack([starts, ends], dim=1) - first
+    bounds = (torch.stack([starts, ends], dim=1) - first).clamp(min=0)
+    spacing = layer.row_spacing(start + len(nodes))
     return LayerPlan(
-        bounds=bounds.clamp(min=0),
+        bounds=bounds,
         edge=edge,
         mask=mask,
-        prefix=_pack_prefix(bounds.clamp(min=0), len(nodes), layer.row_spacing(start + len(nodes)))
-        if kernel.packs
-        else [],
+        prefix=_pack_prefix(bounds, len(nodes), spacing) if kernel.packs else [],
         segments=[] if mask is not None else segments,
         longest=start if layer.fixed else max(lengths),
         deepest=deepest,

@@ -66,7 +66,7 @@ class TreeLayer(DynamicLayer):
             self._buffers[i][:, :, : self.length] = old[:, :, : self.length]
 
     def capacity_for(self, length: int) -> int:
-        """Slots of the buffers once `length` are in use: geometric, so that appending stays cheap, but not wasteful."""
+        """Slots of the buffers once `length` are in use: geometric, so that appending stays cheap."""
         capacity = self._buffers[0].shape[2] if self.is_initialized else 0
         return capacity if length <= capacity else max(length, 5 * capacity // 4, 256)
 
@@ -78,7 +78,7 @@ class TreeLayer(DynamicLayer):
 
     @property
     def first_handed_out(self) -> int:
-        """Index of the first stored token that the next query of some row sees: the next update gives those from it."""
+        """Index of the first stored token that the next query of some row sees."""
         return 0 if self.window is None or self.fixed else max(min(self.lengths) - self.window + 1, 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from transformers.generation import (
     LogitsProcessorList,
     MaxLengthCriteria,
     PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -212,6 +213,7 @@ _OF_ROWS = (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
 )
 _WITH_STATE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
 
@@ -249,6 +251,11 @@ def _of_one_row(processor, row: int, rows: int):
     elif isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
         at = row * processor.batch_size // rows  # of the prompts before they are repeated for num_return_sequences
         one.generated_ngrams, one.batch_size = processor.generated_ngrams[at : at + 1], 1
+    elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
+        ignored = getattr(processor, "prompt_ignore_length", None)  # by row, where there is padding
+        if torch.is_tensor(ignored):
+            at = row * len(ignored) // rows
+            one.prompt_ignore_length = ignored[at : at + 1]
     else:
         at = row * len(processor.encoder_input_ids) // rows
         one.encoder_input_ids = processor.encoder_input_ids[at : at + 1]

@@ -12,8 +12,9 @@ _SOURCE_NAMES = {FROM_TARGET: "target", FROM_FIRST: "first", FROM_SECOND: "secon
 class D2SDStats:
     """What happened in one `generate` call; `assistant.last_stats` holds the latest.
 
-    A cycle is one draft and one target pass; in a batch each row has its own, though they share the passes. Acceptance lengths count the tokens a cycle commits, the target's own
-    token (the bonus) included, so that plain decoding has length 1.
+    A cycle is one draft and one target pass; in a batch each row has its own, though they share the passes. Acceptance
+    lengths count the tokens a cycle commits, the target's own token (the bonus) included, so that plain decoding has
+    length 1.
     """
 
     prompt_tokens: int = 0
