@@ -62,6 +62,7 @@ class TrainOptions:
     ema: float | None = field(default=None, metadata={"help": "decay of averaged weights, e.g. 0.999"})
     mixed_precision: str = field(default="bf16", metadata={"help": "bf16 or no", "choices": ["bf16", "no"]})
     attention: str = field(default="sdpa", metadata={"help": "sdpa, or flex_attention (CUDA): skips masked tiles"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model: a slow start, faster steps"})
     loss_chunk: int = field(default=1024, metadata={"help": "slots whose logits exist at a time"})
     dtype: str = field(default="bfloat16", metadata={"help": "of the target"})
     held_out: int = field(default=50, metadata={"help": "one row in so many is kept for evaluation"})
