@@ -66,7 +66,7 @@ class DraftLMRun(TrainingRun):
         model.generation_config.num_assistant_tokens_schedule = "constant"
         model.generation_config.assistant_confidence_threshold = 0.0
         trainee = DraftLMTrainee(model, options.loss_chunk)
-        super().__init__(options, target, accelerator, trainee, read_rows(options.data))
+        super().__init__(options, target, accelerator, trainee, read_rows(*options.data))
 
     def batch(self, rows: list[Row], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens and labels (B, T); padding stands on the right, out of every token's causal sight."""

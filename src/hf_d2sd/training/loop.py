@@ -74,8 +74,9 @@ class TrainingRun:
         training, held_out = parts
         if len(training) < self.batch_size or not held_out:
             raise ValueError(
-                f"{self.options.data} has {len(training)} rows to train on and {len(held_out)} held out; a batch "
-                f"takes {self.batch_size}, and one must be held out. Write more rows, or lower `rows` or `held_out`."
+                f"{', '.join(map(str, self.options.data))}: {len(training)} rows to train on and {len(held_out)} held "
+                f"out; a batch takes {self.batch_size}, and one must be held out. Write more rows, or lower `rows` or "
+                "`held_out`."
             )
         return training, held_out
 

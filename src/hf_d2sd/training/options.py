@@ -11,7 +11,7 @@ class TrainOptions:
     """Train a drafter or a draft LM on rows of `hf-d2sd distill`; a killed run goes on from its checkpoint."""
 
     target: str = field(metadata={"help": "folder or Hub id of the target"})
-    data: Path = field(metadata={"help": "folder of `hf-d2sd distill`"})
+    data: list[Path] = field(metadata={"help": "folders of `hf-d2sd distill`, one or more"})
     out: Path = field(metadata={"help": "folder of the run: checkpoint, log, the last and the best drafter"})
     role: str = field(default="first", metadata={"help": "first, second, or lm", "choices": ["first", "second", "lm"]})
     first: str | None = field(default=None, metadata={"help": "second: the trained first drafter, a folder or Hub id"})
@@ -76,7 +76,8 @@ class TrainOptions:
     seed: int = 0
 
     def __post_init__(self):
-        self.data, self.out = Path(self.data), Path(self.out)
+        self.data = [Path(folder) for folder in ([self.data] if isinstance(self.data, (str, Path)) else self.data)]
+        self.out = Path(self.out)
         for name in "num_layers rows anchors accumulation loss_chunk eval_every save_every log_every".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")

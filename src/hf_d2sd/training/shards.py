@@ -118,15 +118,18 @@ def read_shard(path: Path) -> list[Row]:
     return list(map(Row, tensors["tokens"].long().split(lengths), prompt_lengths))
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """The rows of all shards.
+def read_rows(*folders: Path) -> list[Row]:
+    """The rows of all shards of all folders.
 
     Raises:
-        ValueError: if there are none, or a shard is damaged.
+        ValueError: if a folder has none, or a shard is damaged.
     """
-    rows = [row for path in shard_paths(folder) for row in read_shard(path)]
-    if not rows:
-        raise ValueError(f"{folder} has no rows: write them with `hf-d2sd distill --out {folder}`.")
+    rows = []
+    for folder in folders:
+        paths = shard_paths(folder)
+        if not any(rows_of_shard := [read_shard(path) for path in paths]):
+            raise ValueError(f"{folder} has no rows: write them with `hf-d2sd distill --out {folder}`.")
+        rows += [row for shard in rows_of_shard for row in shard]
     return rows
 
 
