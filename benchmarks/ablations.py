@@ -110,9 +110,10 @@ def measure(run: DrafterRun, target) -> float:
         for row in rows:
             plain = Row(row.tokens, row.prompt_length)
             features = compute_features(target, [plain], model.config.target_layer_ids)
-            anchors = torch.arange(plain.prompt_length, len(plain.tokens) - model.config.block_size)[None]
-            if not anchors.numel():
+            end = len(plain.tokens) - model.config.block_size
+            if end <= plain.prompt_length:
                 continue
+            anchors = torch.arange(plain.prompt_length, end)[None]
             accepted = accepted_tokens(first, plain, features, anchors, torch.zeros_like(anchors))
             if run.first is not None:
                 kept = accepted.clamp(max=model.config.block_size - 2)
