@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -15,7 +16,15 @@ from words import WORDS, save_word_target
 from hf_d2sd.cli import main
 from hf_d2sd.training import distill as module
 from hf_d2sd.training.distill import DistillOptions, Writer, distill, without_repetitions
-from hf_d2sd.training.shards import Row, append_json_line, read_json_lines, read_rows, shard_paths, write_shard
+from hf_d2sd.training.shards import (
+    Row,
+    append_json_line,
+    read_json_lines,
+    read_rows,
+    shard_paths,
+    write_once,
+    write_shard,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +103,20 @@ class TestPromptsOfItsOwn:
     def test_they_begin_with_an_opening_and_are_answered(self, target, tmp_path):
         openings = tmp_path / "openings.txt"
         openings.write_text("c a b\nf g h i\n\n")
+        assert module.read_openings(str(openings)) == ["c a b", "f g h i"]
         settings = dict(self_prompts=90, openings=str(openings), batch_size=64)
         distill(options(target, tmp_path / "out", **settings))
-        texts = [text for _, line in read_json_lines(tmp_path / "out" / "prompts.jsonl") for text in line["prompts"]]
+        files = sorted((tmp_path / "out" / "prompts").glob("*.json"))
+        texts = [text for file in files for text in json.loads(file.read_text())["prompts"]]
         assert len(set(texts)) >= 90
         assert {text.startswith("c a b") for text in texts} == {True, False}
         assert all(text.startswith(("c a b", "f g h i")) for text in texts)
         assert len(read_rows(tmp_path / "out")) <= 90
+
+    def test_an_opening_may_have_several_lines(self, tmp_path):
+        (tmp_path / "openings.txt").write_text("a\\nb\nc\n")
+        assert module.read_openings(str(tmp_path / "openings.txt")) == ["a\nb", "c"]
+        assert module.read_openings(None) == [""]
 
     def test_a_target_that_never_ends_a_turn_is_an_error(self, target, tmp_path, monkeypatch):
         monkeypatch.setattr(Writer, "write_prompts", lambda *_, **__: [])
@@ -142,6 +158,41 @@ class TestAKilledRun:
         assert [line for _, line in read_json_lines(path)] == [{"a": 1}]
         append_json_line(path, {"a": 2})
         assert [line for _, line in read_json_lines(path)] == [{"a": 1}, {"a": 2}]
+
+
+class TestSeveralProcesses:
+    def test_two_share_one_folder_and_write_what_one_writes(self, target, prompts, tmp_path):
+        settings = dict(prompts=[prompts], self_prompts=40, temperature=1.0, batch_size=4, max_new_tokens=100)
+        arguments = [f"--{name}={value}" for name, value in {**settings, "prompts": prompts}.items()]
+        command = ["-m", "hf_d2sd.cli", "distill", "--target", target, "--out", tmp_path / "shared", *arguments]
+        running = [
+            subprocess.Popen([sys.executable, *map(str, command), "--dtype=float32"], stderr=subprocess.DEVNULL)
+            for _ in range(2)
+        ]
+        assert [process.wait(timeout=300) for process in running] == [0, 0]
+        distill(options(target, tmp_path / "alone", **settings))
+        assert as_text(read_rows(tmp_path / "shared")) == as_text(read_rows(tmp_path / "alone"))
+
+    def test_a_file_is_written_by_one_of_them(self, tmp_path):
+        path, calls, started, finish = tmp_path / "rows-00000", [], threading.Event(), threading.Event()
+
+        def slowly(path):
+            calls.append("slow")
+            started.set()
+            finish.wait(timeout=60)
+            path.write_text("whole")
+
+        thread = threading.Thread(target=write_once, args=(path, slowly))
+        thread.start()
+        started.wait(timeout=60)
+        assert not write_once(path, lambda _: calls.append("other"))  # in somebody's hands: go on elsewhere
+        waiting = threading.Thread(target=write_once, args=(path, lambda _: calls.append("third"), True))
+        waiting.start()
+        finish.set()
+        thread.join(timeout=60), waiting.join(timeout=60)
+        assert calls == ["slow"] and path.read_text() == "whole"
+        assert not write_once(path, lambda _: calls.append("again"))
+        assert calls == ["slow"]
 
 
 class TestErrors:

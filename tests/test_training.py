@@ -31,7 +31,7 @@ from hf_d2sd.training.blocks import (
 from hf_d2sd.training.distill import DistillOptions, distill
 from hf_d2sd.training.drafters import Trainee
 from hf_d2sd.training.features import CachedFeatures, compute_features, compute_teacher
-from hf_d2sd.training.losses import slot_losses, slot_weights
+from hf_d2sd.training.losses import Labels, slot_losses, slot_weights
 from hf_d2sd.training.options import TrainOptions
 from hf_d2sd.training.pair import JoinOptions, join
 from hf_d2sd.training.shards import Row, read_rows, shard_paths
@@ -193,9 +193,42 @@ class TestLoss:
             return hidden @ torch.ones(8, 11)
 
         hidden = torch.randn(103, 8, requires_grad=True)
-        losses, _, _ = slot_losses(hidden, torch.zeros(103, dtype=torch.long), head, chunk=10)
+        losses, _, _ = slot_losses(hidden, Labels(torch.zeros(103, dtype=torch.long)), head, chunk=10)
         losses.sum().backward()
-        assert max(sizes) == 10 and sum(sizes) == 2 * 103  # again in the backward pass
+        assert max(sizes) == 10 and sum(sizes) == 103  # and not again in the backward pass
+
+    @pytest.mark.parametrize("soft", [0.0, 0.4])
+    def test_the_gradient_is_that_of_autograd(self, soft):
+        """Against torch's own cross-entropy; with labels that the head lacks, and a weight for each slot."""
+        torch.manual_seed(0)
+        hidden, head, weights = torch.randn(23, 8), torch.nn.Linear(8, 11), torch.rand(23)
+        tokens = torch.randint(11, (23,))
+        tokens[::5] = NO_LABEL
+        teacher_ids, teacher = torch.rand(23, 11).topk(3).indices, torch.rand(23, 3).log()
+        teacher_ids[::4, 1] = NO_LABEL
+
+        ours = hidden.clone().requires_grad_()
+        losses, entropies, right = slot_losses(ours, Labels(tokens, teacher_ids, teacher, soft), head, chunk=4)
+        (losses * weights).sum().backward()
+
+        plain = hidden.clone().requires_grad_()
+        logits = head(plain)
+        hard = torch.nn.functional.cross_entropy(logits, tokens, ignore_index=NO_LABEL, reduction="none")
+        wanted = torch.zeros(23, 12)
+        wanted.scatter_(1, torch.where(teacher_ids == NO_LABEL, 11, teacher_ids), teacher.exp())
+        mixed = (1 - soft) * hard + soft * -(wanted[:, :11] * logits.log_softmax(-1)).sum(-1)
+        (mixed * weights).sum().backward()
+        torch.testing.assert_close(losses, mixed)
+        torch.testing.assert_close(entropies, hard)
+        torch.testing.assert_close(ours.grad, plain.grad)
+        assert right.equal((logits.argmax(-1) == tokens) & (tokens != NO_LABEL))
+
+    def test_of_equally_likely_tokens_the_first_is_the_draft(self):
+        def head(hidden):
+            return hidden @ torch.zeros(8, 5)
+
+        _, _, right = slot_losses(torch.randn(5, 8), Labels(torch.arange(5)), head, chunk=5)
+        assert right.tolist() == [True, False, False, False, False]
 
     @pytest.mark.parametrize("chunk", [1, 7, 1000])
     def test_chunks_change_nothing(self, chunk):
@@ -374,6 +407,16 @@ class TestARun:
         for index, (name, parameter) in enumerate(model.named_parameters()):
             assert torch.equal(parameter, tensors[f"averaged/{index}"].bfloat16())
             assert not torch.equal(tensors[f"averaged/{index}"], tensors[f"model/{name}"])
+
+    @pytest.mark.slow
+    def test_a_compiled_model_takes_the_same_steps(self, target, data, tmp_path):
+        settings = dict(max_steps=4, save_every=4, eval_every=99, mixed_precision="no", log_every=1)
+        for name, compiled in (("plain", False), ("compiled", True)):
+            train(options(target, data, tmp_path / name, compile=compiled, **settings))
+        plain, compiled = (
+            [line["loss"] for line in log_of(tmp_path / name) if "loss" in line] for name in ("plain", "compiled")
+        )
+        assert len(plain) == 4 and compiled == pytest.approx(plain, rel=1e-4)
 
     def test_layers_can_start_as_the_targets_top_layers(self, target, data, tmp_path):
         with pytest.raises(ValueError, match="self_attn.q_norm.weight missing"):

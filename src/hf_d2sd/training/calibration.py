@@ -28,7 +28,7 @@ class CalibrateOptions:
 
     drafter: Path = field(metadata={"help": "folder of the drafter; its config.json is written anew"})
     target: str = field(metadata={"help": "folder or Hub id of the target"})
-    data: Path = field(metadata={"help": "folder of `hf-d2sd distill`"})
+    data: list[Path] = field(metadata={"help": "folders of `hf-d2sd distill`, one or more"})
     held_out: int = field(default=50, metadata={"help": "as in training: one row in so many is held out"})
     anchors: int = field(default=64, metadata={"help": "blocks out of each row"})
     rows: int = field(default=8, metadata={"help": "rows in a forward"})
@@ -38,7 +38,8 @@ class CalibrateOptions:
     seed: int = 0
 
     def __post_init__(self):
-        self.drafter, self.data = Path(self.drafter), Path(self.data)
+        self.drafter = Path(self.drafter)
+        self.data = [Path(folder) for folder in ([self.data] if isinstance(self.data, (str, Path)) else self.data)]
         self.plot = Path(self.plot) if self.plot is not None else None
 
 
@@ -60,9 +61,10 @@ def calibrate(options: CalibrateOptions) -> dict:
     target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).eval().requires_grad_(False)
     model = D2SDDrafterModel.from_pretrained(options.drafter, dtype=torch.float32).requires_grad_(False)
     bind(D2SDAssistant.from_drafters(model), target, AutoTokenizer.from_pretrained(options.target))
-    rows = [row for row in read_rows(options.data) if row.is_held_out(options.held_out) and row.response_length >= 2]
+    rows = [row for row in read_rows(*options.data) if row.is_held_out(options.held_out) and row.response_length >= 2]
     if len(rows) < 2:
-        raise ValueError(f"{options.data} has {len(rows)} held-out rows; two are needed. Lower --held_out.")
+        folders = ", ".join(map(str, options.data))
+        raise ValueError(f"{folders}: {len(rows)} held-out rows; two are needed. Lower --held_out.")
     to_fit, to_measure = (gather(model, target, half, options) for half in (rows[::2], rows[1::2]))
     temperatures = fit(to_fit, model.config.block_size)
     model.config.confidence_temperatures = temperatures

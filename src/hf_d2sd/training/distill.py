@@ -1,10 +1,12 @@
 """`hf-d2sd distill`: the target writes the text its drafters learn from."""
 
 import functools
+import itertools
 import json
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,13 +18,14 @@ from transformers.utils.logging import tqdm
 from ..integration import tokenizer_fingerprint
 from .shards import (
     Row,
-    append_json_line,
     batched,
     read_json_lines,
     read_shard,
     refuse_other_options,
     shard_paths,
+    write_once,
     write_shard,
+    write_text_atomically,
 )
 
 _MARK = "\u241f"  # stands for the user's words where the chat template is opened
@@ -30,7 +33,10 @@ _MARK = "\u241f"  # stands for the user's words where the chat template is opene
 
 @dataclass
 class DistillOptions:
-    """Write responses of a target to prompts, in shards; a run that was killed goes on where it stopped."""
+    """Write responses of a target to prompts, in shards; a run that was killed goes on where it stopped.
+
+    The same command may run several times at once, on one device each: all write to the one folder.
+    """
 
     target: str = field(metadata={"help": "folder or Hub id of the target"})
     out: Path = field(metadata={"help": "folder for the shards"})
@@ -41,7 +47,8 @@ class DistillOptions:
     max_prompts: int | None = field(default=None, metadata={"help": "at most this many prompts of each file"})
     self_prompts: int = field(default=0, metadata={"help": "prompts that the target writes itself"})
     openings: str | None = field(
-        default=None, metadata={"help": "text file: beginnings of self-written prompts, one a line, used in turn"}
+        default=None,
+        metadata={"help": "text file: beginnings of self-written prompts, a line each, used in turn; \\n: a new line"},
     )
     system: str | None = field(default=None, metadata={"help": "system message of every chat"})
     template_options: str = field(
@@ -91,11 +98,12 @@ def distill(options: DistillOptions) -> dict[str, int]:
     batches = list(enumerate(batched(chats, options.batch_size)))
     random.Random(options.seed).shuffle(batches)
     for index, batch in tqdm(batches, desc="shards", smoothing=0.05):
-        path = options.out / f"rows-{index:05d}.safetensors"
         if options.stop_after is not None and time.monotonic() - started > 60 * options.stop_after:
             break
-        if not path.exists():
-            write_shard(path, writer.answer(batch, seed=options.seed + index))
+        write_once(
+            options.out / f"rows-{index:05d}.safetensors",
+            lambda path, index=index, batch=batch: write_shard(path, writer.answer(batch, seed=options.seed + index)),
+        )
     missing = sum(not (options.out / f"rows-{index:05d}.safetensors").exists() for index, _ in batches)
     return {**count(options.out), "missing_shards": missing}
 
@@ -110,7 +118,7 @@ def _keep_options(options: DistillOptions, tokenizer: str) -> None:
     here = {name: value for name, value in asdict(options).items() if name not in free} | {"tokenizer": tokenizer}
     path = options.out / "distill.json"
     if not path.exists():
-        path.write_text(json.dumps(here, indent=2) + "\n", encoding="utf-8")
+        write_text_atomically(path, json.dumps(here, indent=2) + "\n")
         return
     refuse_other_options(json.loads(path.read_text(encoding="utf-8")), here, options.out)
 
@@ -153,31 +161,46 @@ def without_repetitions(chats: list[list[str]]) -> list[list[str]]:
 
 
 def write_prompts(writer: "Writer") -> list[str]:
-    """Prompts that the target samples at the opened user's turn (arXiv 2406.08464), kept in `prompts.jsonl`."""
+    """Prompts that the target samples at the opened user's turn (arXiv 2406.08464), a file for each batch."""
     options = writer.options
-    if not options.self_prompts:
-        return []
-    path = options.out / "prompts.jsonl"
+    folder = options.out / "prompts"
+    folder.mkdir(exist_ok=True)
+    openings = read_openings(options.openings)
+
+    def write(path: Path) -> None:
+        index = int(path.stem)
+        texts = writer.write_prompts(openings[index % len(openings)], seed=options.seed - 1 - index)
+        write_text_atomically(path, json.dumps({"prompts": texts}, ensure_ascii=False) + "\n")
+
     found: dict[str, None] = {}
-    batches = [line for _, line in read_json_lines(path)] if path.exists() else []
-    openings = Path(options.openings).read_text(encoding="utf-8").splitlines() if options.openings else []
-    openings = [opening.rstrip("\n") for opening in openings if opening.strip()] or [""]
     with tqdm(total=options.self_prompts, desc="prompts") as bar:
-        index = 0
-        while len(found) < options.self_prompts:
-            if index == len(batches):
-                texts = writer.write_prompts(openings[index % len(openings)], seed=options.seed - 1 - index)
-                batches.append({"prompts": texts})
-                append_json_line(path, batches[-1])
-            found |= dict.fromkeys(batches[index]["prompts"])
-            bar.update(min(len(found), options.self_prompts) - bar.n)
-            index += 1
+        for index in itertools.count():
+            if len(found) >= options.self_prompts:
+                return list(found)[: options.self_prompts]
             if index >= 20 and len(found) < index:
                 raise ValueError(
                     f"{index} batches of {options.batch_size} gave only {len(found)} prompts: the target does not end "
                     "a user's turn that it writes. Pass prompts of your own with --prompts."
                 )
-    return list(found)[: options.self_prompts]
+            found |= dict.fromkeys(json.loads(_wait_for(folder, index, write).read_text(encoding="utf-8"))["prompts"])
+            bar.update(min(len(found), options.self_prompts) - bar.n)
+
+
+def _wait_for(folder: Path, index: int, write: Callable[[Path], None], ahead: int = 8) -> Path:
+    """The file of a batch; while another process writes it, this one writes batches that come after."""
+    path, behind = folder / f"{index:05d}.json", 0
+    while not path.exists():
+        if not write_once(folder / f"{index + behind:05d}.json", write):
+            behind = (behind + 1) % ahead
+            if not behind:
+                time.sleep(0.5)
+    return path
+
+
+def read_openings(path: str | None) -> list[str]:
+    r"""Beginnings of prompts, one a line, with `\n` for a new line; the empty one where there is no file."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if path is not None else []
+    return [line.replace("\\n", "\n") for line in lines if line.strip()] or [""]
 
 
 class Writer:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .blocks import NO_LABEL
 from .loop import TrainingRun
-from .losses import slot_losses
+from .losses import Labels, slot_losses
 from .options import TrainOptions
 from .shards import Row, read_rows
 
@@ -52,9 +52,8 @@ class DraftLMTrainee(nn.Module):
         tokens, labels = batch  # (B, T) both
         hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
         labelled = labels[:, 1:] != NO_LABEL
-        losses, right, _ = slot_losses(
-            hidden[labelled], labels[:, 1:][labelled], self.model.get_output_embeddings(), self._chunk
-        )
+        wanted = Labels(labels[:, 1:][labelled])
+        losses, _, right = slot_losses(hidden[labelled], wanted, self.model.get_output_embeddings(), self._chunk)
         return losses.mean(), right
 
 
@@ -67,7 +66,7 @@ class DraftLMRun(TrainingRun):
         model.generation_config.num_assistant_tokens_schedule = "constant"
         model.generation_config.assistant_confidence_threshold = 0.0
         trainee = DraftLMTrainee(model, options.loss_chunk)
-        super().__init__(options, target, accelerator, trainee, read_rows(options.data))
+        super().__init__(options, target, accelerator, trainee, read_rows(*options.data))
 
     def batch(self, rows: list[Row], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """tokens and labels (B, T); padding stands on the right, out of every token's causal sight."""

@@ -9,7 +9,7 @@ from ..drafting import draft_head, without_embed_norm
 from ..integration import tokenizer_fingerprint
 from ..modeling import D2SDDrafterConfig, D2SDDrafterModel, default_target_layer_ids
 from .blocks import NO_LABEL, Blocks, masks_by_layer_type
-from .losses import slot_losses, slot_weights
+from .losses import Labels, slot_losses, slot_weights
 from .shards import Row
 
 _KNOWN_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -177,18 +177,16 @@ class Trainee(nn.Module):
         labels = blocks.labels[labelled]
         if self._draft_index is not None:
             labels = self._draft_index.to(labels.device)[labels]  # outside the draft vocabulary: NO_LABEL
-        teacher = None
+        wanted = Labels(labels)
         if blocks.teacher_ids is not None:
             ids = blocks.teacher_ids[labelled]
             ids = ids if self._draft_index is None else self._draft_index.to(ids.device)[ids]
-            teacher = ids, blocks.teacher_log_probs[labelled]
-        losses, right, soft = slot_losses(self.hidden(blocks)[labelled], labels, self._head, self._chunk, teacher)
+            wanted = Labels(labels, ids, blocks.teacher_log_probs[labelled], self._soft)
+        losses, entropies, right = slot_losses(self.hidden(blocks)[labelled], wanted, self._head, self._chunk)
         spread = torch.full(labelled.shape, torch.inf, device=losses.device)
-        spread[labelled] = torch.where(labels != NO_LABEL, losses.detach(), torch.inf)
+        spread[labelled] = torch.where(labels != NO_LABEL, entropies, torch.inf)
         weights = slot_weights(self._loss, spread, spread.isfinite() | spread.isnan(), blocks.distance, self._tau)
         weights = weights[labelled]
         hits = torch.zeros_like(labelled)
         hits[labelled] = right
-        if teacher is not None:
-            losses = torch.lerp(losses, soft, self._soft)
         return (losses * weights).sum() / weights.sum().clamp(min=1e-9), hits, torch.exp(-spread)

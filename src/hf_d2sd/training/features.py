@@ -13,7 +13,7 @@ from transformers.utils.logging import tqdm
 
 from ..capturing import embeddings_first, select_layers
 from ..target import execution_device
-from .shards import Row, batched, read_shard, shard_paths, write_atomically
+from .shards import Row, batched, read_shard, shard_paths, write_atomically, write_once
 
 
 @torch.inference_mode()
@@ -58,20 +58,24 @@ class CachedFeatures:
         self.folder = folder / f"features-{'-'.join(map(str, layer_ids))}"
 
     def fill(self, target, batch_size: int) -> None:
-        """Compute what is missing; can be killed and started again.
+        """Compute what is missing; can be killed and started again, and run in several processes at once.
 
         Raises:
             ValueError: for features that were computed of other rows.
         """
         self.folder.mkdir(exist_ok=True)
-        for path in tqdm(shard_paths(self.rows_folder), desc="features"):
-            rows = read_shard(path)
-            cached = self.folder / path.name
-            if not cached.exists():
-                features = self._of_shard(target, rows, batch_size)
-                metadata = {"rows": _digest(rows), "layer_ids": json.dumps(self.layer_ids)}
-                write_atomically({"features": features}, cached, metadata)
-            _check(cached, rows)
+        paths = shard_paths(self.rows_folder)
+
+        def write(cached: Path) -> None:
+            rows = read_shard(self.rows_folder / cached.name)
+            metadata = {"rows": _digest(rows), "layer_ids": json.dumps(self.layer_ids)}
+            write_atomically({"features": self._of_shard(target, rows, batch_size)}, cached, metadata)
+
+        for path in tqdm(paths, desc="features"):
+            write_once(self.folder / path.name, write)
+        for path in paths:  # some may still be in the hands of another process
+            write_once(self.folder / path.name, write, wait=True)
+            _check(self.folder / path.name, read_shard(path))
 
     def _of_shard(self, target, rows: list[Row], batch_size: int) -> Tensor:
         """(all the shard's tokens, F), bf16, in the shard's order."""

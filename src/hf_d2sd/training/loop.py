@@ -26,6 +26,7 @@ from .shards import (
     read_metadata,
     refuse_other_options,
     write_atomically,
+    write_text_atomically,
 )
 
 
@@ -48,6 +49,8 @@ class TrainingRun:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay, fused=True
         )
+        if options.compile:
+            trainee.model.compile(dynamic=True)  # rows differ in length
         self.wrapped, self.optimizer = accelerator.prepare(trainee, self.optimizer)
         self.averaged = [p.detach().clone() for p in self.parameters] if options.ema else None
         self.step, self.best = 0, 0.0
@@ -71,8 +74,9 @@ class TrainingRun:
         training, held_out = parts
         if len(training) < self.batch_size or not held_out:
             raise ValueError(
-                f"{self.options.data} has {len(training)} rows to train on and {len(held_out)} held out; a batch "
-                f"takes {self.batch_size}, and one must be held out. Write more rows, or lower `rows` or `held_out`."
+                f"{', '.join(map(str, self.options.data))}: {len(training)} rows to train on and {len(held_out)} held "
+                f"out; a batch takes {self.batch_size}, and one must be held out. Write more rows, or lower `rows` or "
+                "`held_out`."
             )
         return training, held_out
 
@@ -203,7 +207,7 @@ class TrainingRun:
 
     def _run_options(self) -> str:
         """What must be the same for a run to go on, as JSON."""
-        free = "out data target first trackers save_every eval_rows features loss_chunk stop_after".split()
+        free = "out data target first trackers save_every eval_rows features loss_chunk compile stop_after".split()
         settings = {name: value for name, value in asdict(self.options).items() if name not in free}
         return json.dumps({**settings, "training_rows": len(self.rows), "processes": self.accelerator.num_processes})
 
@@ -262,9 +266,7 @@ class TrainingRun:
     def _forget_log_after_checkpoint(self) -> None:
         path = self.options.out / "log.jsonl"
         kept = [line for _, line in read_json_lines(path) if line["step"] <= self.step] if path.exists() else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)
+        write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _cut(row: Row, length: int) -> Row:

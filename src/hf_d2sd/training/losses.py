@@ -1,48 +1,101 @@
 """The drafters' loss: cross-entropy of every masked slot, weighted by how much acceptance depends on it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from .blocks import NO_LABEL
 
 SCHEMES = ("decay", "dpace")
 
+Head = Callable[[Tensor], Tensor]  # hidden states (M, H) to logits (M, V)
 
-def slot_losses(
-    hidden: Tensor,
-    labels: Tensor,
-    head: Callable[[Tensor], Tensor],
-    chunk: int,
-    teacher: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy (M,) of M slots, whether their best token is right (M,), and the cross-entropy to a teacher (M,).
 
-    Logits exist for `chunk` slots at a time, in the backward pass too: chunk · V numbers, whatever M is.
+@dataclass(frozen=True)
+class Labels:
+    """What M slots should say: a token each, and where a teacher is used, its k likeliest tokens."""
+
+    tokens: Tensor  # (M,), indices of the head's outputs, NO_LABEL where the head lacks the token: its loss is 0
+    teacher_ids: Tensor | None = None  # (M, k), the same kind of indices
+    teacher_log_probs: Tensor | None = None  # (M, k)
+    soft: float = 0.0  # share of the loss that is cross-entropy to the teacher
+
+    def split(self, chunk: int) -> list["Labels"]:
+        tokens = self.tokens.split(chunk)
+        if not self.soft:
+            return list(map(Labels, tokens))
+        parts = zip(tokens, self.teacher_ids.split(chunk), self.teacher_log_probs.split(chunk))
+        return [Labels(*part, soft=self.soft) for part in parts]
+
+
+def slot_losses(hidden: Tensor, labels: Labels, head: Head, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (M,) of each of M slots, the cross-entropy (M,) of its token, and whether its best token is right (M,).
+
+    Only the loss carries a gradient. Logits exist for `chunk` slots at a time, whatever M is, and once: the head is
+    not trained, so that the gradient of each slot's loss by its own hidden state is known in the forward pass, and
+    backward only scales it.
 
     Args:
         hidden: (M, H).
-        labels: (M,), indices of the head's outputs, NO_LABEL where the head lacks the token: the loss is 0 there.
-        teacher: ids (M, k), as labels, and log-probabilities (M, k); without one the last output is 0.
     """
-    if teacher is None:
-        teacher = labels.new_zeros(len(labels), 0), hidden.new_zeros(len(labels), 0)
+    return _SlotLosses.apply(hidden, labels, head, chunk)
 
-    def part(hidden: Tensor, labels: Tensor, ids: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = head(hidden).float()
-        losses = nn.functional.cross_entropy(logits, labels, ignore_index=NO_LABEL, reduction="none")
-        weights = torch.where(ids == NO_LABEL, 0.0, log_probs.exp())
-        said = logits.gather(-1, ids.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)
-        return losses, logits.argmax(-1) == labels, -(weights * said).sum(-1)
 
-    parts = [
-        checkpoint(part, *arguments, use_reentrant=False) if torch.is_grad_enabled() else part(*arguments)
-        for arguments in zip(*(tensor.split(chunk) for tensor in (hidden, labels, *teacher)))
-    ]
-    losses, right, soft = map(torch.cat, zip(*parts))
-    return losses, right, soft
+class _SlotLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, labels: Labels, head: Head, chunk: int):
+        parts = [
+            _losses_of_chunk(part, wanted, head, ctx.needs_input_grad[0])
+            for part, wanted in zip(hidden.split(chunk), labels.split(chunk))
+        ]
+        losses, entropies, right, gradients = map(torch.cat, zip(*parts))
+        ctx.save_for_backward(gradients)
+        ctx.mark_non_differentiable(entropies, right)
+        return losses, entropies, right
+
+    @staticmethod
+    def backward(ctx, scale: Tensor, *_):
+        (gradients,) = ctx.saved_tensors  # (M, H)
+        return gradients * scale[:, None].to(gradients.dtype), None, None, None
+
+
+def _losses_of_chunk(
+    hidden: Tensor, labels: Labels, head: Head, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, cross-entropy and rightness (M,) of a chunk, and the gradient (M, H) of each loss by its hidden state."""
+    with torch.enable_grad():
+        hidden = hidden.detach().requires_grad_(with_gradient)
+        output = head(hidden)  # (M, V)
+    known = labels.tokens != NO_LABEL
+    token = torch.where(known, labels.tokens, 0)[:, None]
+    logits = output.detach().to(torch.float32, copy=True)
+    best = logits.amax(-1, keepdim=True)
+    right = known & (logits.gather(1, token) == best)[:, 0]
+    right[right.clone()] = logits[right].argmax(-1) == token[right, 0]  # of equal logits the first is drafted
+
+    probabilities = logits.sub_(best)  # everything below is in place: this is the largest tensor of the step
+    said = probabilities.gather(1, token)
+    taught = probabilities.gather(1, labels.teacher_ids.clamp(min=0)) if labels.soft else None
+    total = probabilities.exp_().sum(-1, keepdim=True)
+    log_total = total.log()
+    entropies = torch.where(known, (log_total - said)[:, 0], 0.0)
+
+    # d(loss)/d(logits) = mass · softmax - target, where `mass` is the target's sum
+    target = (1 - labels.soft) * known.float()[:, None]
+    losses, mass = (1 - labels.soft) * entropies, target
+    if labels.soft:
+        weights = labels.soft * torch.where(labels.teacher_ids == NO_LABEL, 0.0, labels.teacher_log_probs.exp())
+        losses = losses + (weights * (log_total - taught)).sum(-1)
+        mass = mass + weights.sum(-1, keepdim=True)
+    if not with_gradient:
+        return losses, entropies, right, hidden.new_empty(0, hidden.shape[1])
+    gradient = probabilities.mul_(mass / total).scatter_add_(1, token, -target)
+    if labels.soft:
+        gradient.scatter_add_(1, labels.teacher_ids.clamp(min=0), -weights)
+    (by_hidden,) = torch.autograd.grad(output, hidden, gradient.to(output.dtype))
+    return losses, entropies, right, by_hidden
 
 
 def slot_weights(scheme: str, losses: Tensor, counted: Tensor, distance: Tensor, tau: float) -> Tensor:

@@ -11,7 +11,7 @@ class TrainOptions:
     """Train a drafter or a draft LM on rows of `hf-d2sd distill`; a killed run goes on from its checkpoint."""
 
     target: str = field(metadata={"help": "folder or Hub id of the target"})
-    data: Path = field(metadata={"help": "folder of `hf-d2sd distill`"})
+    data: list[Path] = field(metadata={"help": "folders of `hf-d2sd distill`, one or more"})
     out: Path = field(metadata={"help": "folder of the run: checkpoint, log, the last and the best drafter"})
     role: str = field(default="first", metadata={"help": "first, second, or lm", "choices": ["first", "second", "lm"]})
     first: str | None = field(default=None, metadata={"help": "second: the trained first drafter, a folder or Hub id"})
@@ -62,6 +62,7 @@ class TrainOptions:
     ema: float | None = field(default=None, metadata={"help": "decay of averaged weights, e.g. 0.999"})
     mixed_precision: str = field(default="bf16", metadata={"help": "bf16 or no", "choices": ["bf16", "no"]})
     attention: str = field(default="sdpa", metadata={"help": "sdpa, or flex_attention (CUDA): skips masked tiles"})
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model: a slow start, faster steps"})
     loss_chunk: int = field(default=1024, metadata={"help": "slots whose logits exist at a time"})
     dtype: str = field(default="bfloat16", metadata={"help": "of the target"})
     held_out: int = field(default=50, metadata={"help": "one row in so many is kept for evaluation"})
@@ -75,7 +76,8 @@ class TrainOptions:
     seed: int = 0
 
     def __post_init__(self):
-        self.data, self.out = Path(self.data), Path(self.out)
+        self.data = [Path(folder) for folder in ([self.data] if isinstance(self.data, (str, Path)) else self.data)]
+        self.out = Path(self.out)
         for name in "num_layers rows anchors accumulation loss_chunk eval_every save_every log_every".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,6 +42,33 @@ def write_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str,
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written, and what was there before is unchanged: {error}") from error
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The same for a text; where several processes write the same file, each writes all of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_once(path: Path, write: Callable[[Path], None], wait: bool = False) -> bool:
+    """Call `write(path)` unless the file is there; returns whether this process wrote it.
+
+    Args:
+        wait: where another process is writing the file, wait until it is there, instead of going on.
+    """
+    if path.exists():
+        return False
+    lock = path.parent / "locks" / f"{path.stem}.lock"
+    lock.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(lock, blocking=wait):  # the system lets go of it when a process ends, however that comes
+            if path.exists():
+                return False
+            write(path)
+            return True
+    except Timeout:
+        return False
 
 
 def write_shard(path: Path, rows: list[Row]) -> None:
@@ -90,15 +118,18 @@ def read_shard(path: Path) -> list[Row]:
     return list(map(Row, tensors["tokens"].long().split(lengths), prompt_lengths))
 
 
-def read_rows(folder: Path) -> list[Row]:
-    """The rows of all shards.
+def read_rows(*folders: Path) -> list[Row]:
+    """The rows of all shards of all folders.
 
     Raises:
-        ValueError: if there are none, or a shard is damaged.
+        ValueError: if a folder has none, or a shard is damaged.
     """
-    rows = [row for path in shard_paths(folder) for row in read_shard(path)]
-    if not rows:
-        raise ValueError(f"{folder} has no rows: write them with `hf-d2sd distill --out {folder}`.")
+    rows = []
+    for folder in folders:
+        paths = shard_paths(folder)
+        if not any(rows_of_shard := [read_shard(path) for path in paths]):
+            raise ValueError(f"{folder} has no rows: write them with `hf-d2sd distill --out {folder}`.")
+        rows += [row for shard in rows_of_shard for row in shard]
     return rows
 
 

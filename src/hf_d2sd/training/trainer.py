@@ -44,7 +44,7 @@ class DrafterRun(TrainingRun):
     """The training of a first or second drafter."""
 
     def __init__(self, options: TrainOptions, target, tokenizer, accelerator: Accelerator):
-        rows = read_rows(options.data)
+        rows = read_rows(*options.data)
         self.first = _load_first(options, accelerator.device)
         model = _new_model(options, target, tokenizer, rows, self.first)
         self.layer_ids = model.config.target_layer_ids
@@ -54,10 +54,11 @@ class DrafterRun(TrainingRun):
                 f"{self.first.config.target_layer_ids}. Pass them as target_layer_ids, or --on_policy 0."
             )
         if options.features == "cache":
-            cache = CachedFeatures(options.data, self.layer_ids)
+            caches = [CachedFeatures(folder, self.layer_ids) for folder in options.data]
             with accelerator.main_process_first():
-                cache.fill(target, batch_size=options.rows)
-            rows = cache.locate()
+                for cache in caches:
+                    cache.fill(target, batch_size=options.rows)
+            rows = [row for cache in caches for row in cache.locate()]
         model.to(accelerator.device)
         trainee = Trainee(model, target, options.loss, options.tau, options.loss_chunk, soft=options.distill_weight)
         if self.first is not None:
