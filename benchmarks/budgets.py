@@ -1,7 +1,8 @@
-"""Acceptance and speed against the number of branches K and the node budget, to choose a pair's defaults.
+"""Acceptance and speed against branches K, the node budget and the tree's width, to choose a pair's defaults.
 
-    python benchmarks/budgets.py --prompts PROMPTS.jsonl --dtype float32 --cases 0:none 1:6 4:8 4:16 --out FILE.json
+    python benchmarks/budgets.py --prompts PROMPTS.jsonl --dtype float32 --cases 0:none 4:8 0:16:8 4:32:8 --out FILE.json
 
+A case is K:budget, or K:budget:width for wide trees.
 Every prompt is answered by plain `generate` and by each case in turn, so that a busy machine slows all alike. Use
 prompts that nothing is reported on.
 """
@@ -26,11 +27,16 @@ from smollm2 import load_smollm2  # noqa: E402
 import hf_d2sd  # noqa: E402
 
 PAIR = HERE.parent / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
+CASES = ["0:none", "4:none", "0:8:8", "2:8:8", "0:16:8", "4:16:8", "0:32:8", "4:32:8", "4:64:8"]
 
 
 def read_case(text: str) -> dict[str, int | None]:
-    branches, budget = text.split(":")
-    return {"d2sd_num_branches": int(branches), "d2sd_tree_budget": None if budget == "none" else int(budget)}
+    branches, budget, width = [*text.split(":"), "1"][:3]
+    return {
+        "d2sd_num_branches": int(branches),
+        "d2sd_tree_budget": 10_000 if budget == "none" else int(budget),
+        "d2sd_tree_width": int(width),
+    }
 
 
 def timed(target, inputs: torch.Tensor, **options) -> tuple[list[int], float]:
@@ -70,7 +76,7 @@ def measure(args) -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=Path, required=True)
-    parser.add_argument("--cases", nargs="+", default=["0:none", "1:6", "2:6", "4:6", "4:8", "4:12", "4:16", "4:none"])
+    parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--max-prompts", type=int, default=12)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
@@ -86,7 +92,7 @@ def main() -> None:
         ratios = row["ratios"][1:]
         table.append(
             {
-                "branches:budget": case,
+                "branches:budget:width": case,
                 "mean_acceptance_length": round(row["tokens"] / row["cycles"], 3),
                 "mean_tree_size": round(row["nodes"] / row["cycles"], 1),
                 "speed_over_plain": round(statistics.median(ratios), 3),
