@@ -1,0 +1,71 @@
+"""What README.md and docs/ show works: their Python runs, and their commands have the options they name."""
+
+import importlib
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, HfArgumentParser
+from words import save_word_target
+
+from hf_d2sd.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder in which the names that the pages use are there."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from smollm2 import NAME, load_smollm2
+
+    folder = tmp_path_factory.mktemp("workplace")
+    load_smollm2()
+    cache = Path(os.environ.get("HF_D2SD_CACHE") or Path.home() / ".cache" / "hf-d2sd")
+    (folder / "HuggingFaceTB").mkdir()
+    (folder / "HuggingFaceTB" / NAME).symlink_to(cache / NAME)
+    (folder / "hub_cards").symlink_to(ROOT / "hub_cards")
+    target = save_word_target(folder / "TARGET")
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer.mask_token = "<think>"  # 31 words leave none unused
+    tokenizer.save_pretrained(target)
+    letters = "abcdefghijklmn"
+    lines = [json.dumps({"prompt": f"{a} {b}"}) + "\n" for a in letters for b in letters]
+    (folder / "prompts.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_runs(page, workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    names = {}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)
+    assert capsys.readouterr().out.strip(), "an example that shows nothing"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_have_the_options_that_are_named(page, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hf-d2sd"])
+    for block in blocks(page, ""):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["hf-d2sd"] and words[1] in COMMANDS:
+                module, options, _ = COMMANDS[words[1]]
+                parser = HfArgumentParser(getattr(importlib.import_module(f"hf_d2sd.{module}"), options))
+                parser.parse_args_into_dataclasses(words[2:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
