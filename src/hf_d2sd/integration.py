@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .prompts import Prompt, join_records, join_sequences, read_prompt
 from .stats import D2SDStats
 from .target import Target
 
-_OPTIONS = ("d2sd_num_branches", "d2sd_tree_budget", "d2sd_block_size", "d2sd_attention_backend")
+_OPTIONS = ("d2sd_num_branches", "d2sd_tree_budget", "d2sd_block_size", "d2sd_attention_backend", "d2sd_compile")
 _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 
 
@@ -273,13 +274,16 @@ def decoding_options(assistant: D2SDAssistant, generation_config: GenerationConf
     """
     config = assistant.config
     first, second = config.first.block_size, config.second.block_size if config.second is not None else None
-    num_branches, tree_budget, block_size, backend = (getattr(generation_config, name, None) for name in _OPTIONS)
+    num_branches, tree_budget, block_size, backend, compiled = (
+        getattr(generation_config, name, None) for name in _OPTIONS
+    )
     options = DecodingOptions(
         num_branches=config.num_branches if num_branches is None else num_branches,
         tree_budget=config.tree_budget if tree_budget is None else tree_budget,
         block_size=first if block_size is None else block_size,
         second_block_size=(second or first) - (first - block_size if block_size is not None else 0),
         attention_backend=backend,
+        compiler=_compiler(assistant, compiled),
     )
     if options.block_size > first:
         raise ValueError(f"d2sd_block_size is {options.block_size}; the first drafter was made for at most {first}.")
@@ -289,6 +293,38 @@ def decoding_options(assistant: D2SDAssistant, generation_config: GenerationConf
             "load a pair: D2SDAssistant.from_drafters(first, second)."
         )
     return options
+
+
+class _Compiled(dict):
+    """What was compiled of a function or module, by options. Kept with it, but never copied or saved with it."""
+
+    def __deepcopy__(self, memo):
+        return _Compiled()
+
+    def __reduce__(self):
+        return _Compiled, ()
+
+
+def compile_once(options: dict, function: Callable) -> Callable:
+    """A function, or a module's forward, compiled: always the same one for the same options."""
+    known = vars(function).setdefault("_d2sd_compiled", _Compiled())
+    key = repr(sorted(options.items()))
+    if key not in known:
+        known[key] = torch.compile(getattr(function, "forward", function), **options)
+    return known[key]
+
+
+def _compiler(assistant: D2SDAssistant, compiled: bool | None) -> Callable | None:
+    """What compiles a function, once, if `d2sd_compile` or `assistant.compile()` asks for it.
+
+    Raises:
+        ValueError: if `d2sd_compile` is neither True nor False.
+    """
+    if compiled not in (None, True, False):
+        raise ValueError(f"d2sd_compile is {compiled!r}; it must be True or False.")
+    if compiled is False or (compiled is None and assistant.compile_options is None):
+        return None
+    return functools.partial(compile_once, {"dynamic": False, **(assistant.compile_options or {})})
 
 
 def _resume_contexts(assistant: D2SDAssistant, cache, positions: list[int]) -> list[DraftContext | None]:
