@@ -264,6 +264,7 @@ class D2SDAssistant(D2SDPreTrainedModel):
         self.first = D2SDDrafterModel(config.first)
         self.second = D2SDDrafterModel(config.second) if config.second is not None else None
         self.last_stats = None
+        self.compile_options: dict | None = None
         self.post_init()
 
     @classmethod
@@ -314,6 +315,10 @@ class D2SDAssistant(D2SDPreTrainedModel):
     def attention_backend(self) -> str | None:
         """Which attention verified the latest call's trees, and why; `None` before the first call."""
         return self.last_stats.attention_backend if self.last_stats is not None else None
+
+    def compile(self, **options) -> None:
+        """Let later calls decode with tensors of fixed shapes, their passes compiled by `torch.compile(**options)`."""
+        self.compile_options = options
 
     @classmethod
     def can_generate(cls) -> bool:

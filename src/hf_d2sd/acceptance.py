@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+
 
 def walk(
     tokens: Sequence[int],
@@ -31,3 +34,24 @@ def walk(
         emitted.append(token)
         node = None if is_finished() else child.get((node, token))
     return path, emitted
+
+
+def greedy_paths(
+    tokens: Tensor, parents: Tensor, depths: Tensor, visible: Tensor, choices: Tensor, width: int
+) -> Tensor:
+    """The paths of `walk` where each node's choice is known beforehand, by tensors of fixed shapes alone.
+
+    Args:
+        tokens, parents, depths: (B, N), the nodes of a `CandidateTree`; visible: (B, N, N).
+        choices: (B, N), the target's token at each node.
+        width: at least the longest path there can be.
+
+    Returns:
+        (B, width), each row's path from the anchor on; entries beyond its end are 0.
+    """
+    nodes = depths.new_ones(depths.shape).cumsum(1) - 1  # (B, N)
+    carried = (parents >= 0) & (tokens == choices.gather(1, parents.clamp(min=0)))  # by the parent's own choice
+    on_path = ~(visible & ~(carried | (nodes == 0))[:, None]).any(-1)  # it and all its ancestors
+    paths = depths.new_zeros(depths.shape[0], width + 1)  # the last entry takes what is on no path
+    paths.scatter_(1, torch.where(on_path, depths, width), nodes)
+    return paths[:, :-1]

@@ -184,9 +184,10 @@ def cascade(
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two attentions over different keys as one: outputs (B, H, N, D), LSEs (B, H, N) in float32."""
-    share = torch.sigmoid(other_lse - lse)[..., None]
-    merged = torch.lerp(out.float(), other_out.float(), share)
+    """Two attentions over different keys as one: outputs (B, H, N, D), LSEs (B, H, N), at least in float32."""
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    share = torch.sigmoid(other_lse - lse)[..., None].to(dtype)
+    merged = torch.lerp(out.to(dtype), other_out.to(dtype), share)
     return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
 
 
@@ -360,7 +361,7 @@ def plan_layer(
     """
     device, deepest = nodes.depths.device, nodes.max_depth
     ends = torch.tensor(lengths, device=device)
-    narrow = window is not None and (layer.fixed or max(lengths) + deepest >= window)
+    narrow = window is not None and (layer.fixed is not None or max(lengths) + deepest >= window)
     starts, edge, mask = torch.zeros_like(ends), None, None
     first = layer.first_handed_out
     if narrow:
@@ -380,7 +381,7 @@ def plan_layer(
         mask=mask,
         prefix=_pack_prefix(bounds, len(nodes), spacing) if kernel.packs else [],
         segments=[] if mask is not None else segments,
-        longest=start if layer.fixed else max(lengths),
+        longest=max(lengths) if layer.fixed is None else start,
         deepest=deepest,
         causal=nodes.block_size is None,
         has_prefix=max(lengths) > 0 and (not narrow or deepest + 1 < window),

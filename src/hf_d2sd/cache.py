@@ -30,7 +30,8 @@ class TreeLayer(DynamicLayer):
         self._lengths: list[int] | None = None  # by row; `None`: `length` in all
         self.slots: Tensor | None = None  # (n,) or (B, n), where the next update goes instead; see `TreeCache.place`
         self.slots_end = 0
-        self.fixed = False  # the buffers never grow, and are handed out whole
+        # Slots for stored tokens in buffers that never grow and are handed out whole, those of a pass behind them.
+        self.fixed: int | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -79,7 +80,7 @@ class TreeLayer(DynamicLayer):
     @property
     def first_handed_out(self) -> int:
         """Index of the first stored token that the next query of some row sees."""
-        return 0 if self.window is None or self.fixed else max(min(self.lengths) - self.window + 1, 0)
+        return 0 if self.window is None or self.fixed is not None else max(min(self.lengths) - self.window + 1, 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -95,7 +96,7 @@ class TreeLayer(DynamicLayer):
 
     def _update_slots(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         slots = self.slots.to(key_states.device)
-        if not self.fixed:
+        if self.fixed is None:
             first = self.first_handed_out
             self._reserve(self.slots_end)
             self._set_length(self.slots_end)
@@ -104,14 +105,18 @@ class TreeLayer(DynamicLayer):
                 buffer.index_copy_(2, slots, states)
             else:
                 buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states)
-        if self.fixed:
+        if self.fixed is not None:
             return self._buffers[0], self._buffers[1]
         return self.keys[:, :, first:], self.values[:, :, first:]
 
     def get_seq_length(self) -> int:
+        if self.fixed is not None:
+            return self.fixed  # models that are compiled ask, and must always hear the same
         return self.dropped[0] + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.fixed is not None:
+            return self.fixed + query_length, 0
         first = self.first_handed_out
         return self.length - first + query_length, self.dropped[0] + first
 
@@ -128,21 +133,20 @@ class TreeLayer(DynamicLayer):
         if not self.is_initialized:
             return
         nodes = nodes.to(self.device)
-        lengths = self._lengths if self._lengths is not None else [self.length if self.fixed else start] * len(nodes)
-        if len(nodes) == 1 and not self.fixed:
+        lengths = self.lengths_before(start, len(nodes))
+        if len(nodes) == 1:
             for buffer in self._buffers:
                 buffer[:, :, start : start + nodes.shape[1]] = buffer.index_select(2, start + nodes[0])
         else:
             targets = torch.tensor(lengths)[:, None] + torch.arange(nodes.shape[1])
-            self.move(start + nodes, targets.to(self.device, non_blocking=True))
+            _move(self._buffers, start + nodes, targets.to(self.device, non_blocking=True))
         self.set_lengths([length + count for length, count in zip(lengths, counts)])
 
-    def move(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy the tokens in slots `sources` (B, A) to slots `targets` (B, A)."""
-        for buffer in self._buffers:
-            shape = buffer.shape[0], buffer.shape[1], sources.shape[1], buffer.shape[3]
-            sources_at, targets_at = (slots[:, None, :, None].expand(shape) for slots in (sources, targets))
-            buffer.scatter_(2, targets_at, buffer.gather(2, sources_at))
+    def lengths_before(self, start: int, rows: int) -> list[int]:
+        """By row, how many tokens were stored when the pass began whose nodes are in slots from `start` on."""
+        if self._lengths is not None:
+            return self._lengths
+        return [start if self.fixed is None else self.length] * rows
 
     def rows(self, rows: list[int]) -> "TreeLayer":
         """A copy with some of the rows, in the given order."""
@@ -163,6 +167,15 @@ class TreeLayer(DynamicLayer):
             self._set_length(0)
 
 
+def _move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
+    """In each of the buffers, copy the tokens in slots `sources` (B, A) to slots `targets` (B, A)."""
+    for buffer in buffers:
+        at, to = sources.to(buffer.device), targets.to(buffer.device)
+        shape = buffer.shape[0], buffer.shape[1], at.shape[1], buffer.shape[3]
+        moved = buffer.gather(2, at[:, None, :, None].expand(shape))
+        buffer.scatter_(2, to[:, None, :, None].expand(shape), moved)
+
+
 def _empty_buffer(like: Tensor, capacity: int) -> Tensor:
     """(B, H, capacity, D). On a GPU a token's heads lie side by side, as FlashAttention's packed sequences want it."""
     rows, heads, _, width = like.shape
@@ -181,6 +194,7 @@ class TreeCache(Cache):
     def __init__(self, config):
         super().__init__(layers=[TreeLayer(window) for window in _windows(config)])
         self.config, self.layer_types = config, _layer_types(config)
+        self.mover = _move
         self._first_of_type = {name: self.layer_types.index(name) for name in self.layer_types}
 
     def by_type(self) -> dict[str, TreeLayer]:
@@ -209,17 +223,36 @@ class TreeCache(Cache):
             for i, old in enumerate(layer._buffers):
                 layer._buffers[i] = _empty_buffer(old, capacity + nodes).zero_()  # nothing that is no number
                 layer._buffers[i][:, :, : layer.length] = old[:, :, : layer.length]
-            layer.fixed = True
+            layer.fixed = capacity
             layer.set_lengths(lengths)
+
+    def unfix(self) -> None:
+        """Let the buffers be appended to again."""
+        for layer in self.layers:
+            layer.fixed = layer.slots = None
 
     def keep(self, starts: dict[str, int], nodes: Tensor, counts: list[int]) -> None:
         """Of the tokens in slots from `starts` on, keep each row's first `counts[b]` of `nodes` (B, A), in order."""
+        if self.layers[0].fixed is not None:
+            self._keep_fixed(starts, nodes, counts)
+            return
         for layer, layer_type in zip(self.layers, self.layer_types):
             layer.keep(starts[layer_type], nodes, counts)
 
+    def _keep_fixed(self, starts: dict[str, int], nodes: Tensor, counts: list[int]) -> None:
+        """As `keep`, with one call for all buffers of a type, which may be compiled."""
+        for layer_type, layer in self.by_type().items():
+            lengths = layer.lengths_before(starts[layer_type], len(nodes))
+            targets = torch.tensor(lengths)[:, None] + torch.arange(nodes.shape[1])
+            targets = targets.to(nodes.device, non_blocking=True)
+            layers = [other for other, name in zip(self.layers, self.layer_types) if name == layer_type]
+            self.mover([b for other in layers for b in other._buffers], starts[layer_type] + nodes, targets)
+            for other in layers:
+                other.set_lengths([length + count for length, count in zip(lengths, counts)])
+
     def starts(self) -> dict[str, int]:
         """By layer type, the slot that the next update goes to."""
-        return {name: layer.length for name, layer in self.by_type().items()}
+        return {name: layer.length if layer.fixed is None else layer.fixed for name, layer in self.by_type().items()}
 
     def rows(self, rows: list[int]) -> "TreeCache":
         """A copy with some of the rows, in the given order."""

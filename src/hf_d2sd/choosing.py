@@ -179,18 +179,24 @@ class Choosers:
             for row in range(count)
         ]
         self.active = list(self.rows)
+        self.keeps_finished = False  # in `active`: batches of a fixed size
         self.prompt_length = input_ids.shape[1]
 
     @property
     def rooms(self) -> list[int] | None:
         """By row that still chooses, how many tokens may still be chosen; `None` for no limit."""
-        return None if self.active[0].room is None else [chooser.room for chooser in self.active]
+        return None if self.active[0].room is None else [max(chooser.room, 1) for chooser in self.active]
+
+    @property
+    def vectorised(self) -> bool:
+        """Whether the choices are the greatest logits, with nothing to process or draw."""
+        return self.rows[0].vectorised
 
     def look(self, logits: Tensor) -> Tensor:
         """Take the logits (B, N, V) of the rows that still choose; returns each node's greatest token (B, N)."""
         for chooser, row in zip(self.active, logits):
             chooser.look(row)
-        return logits.argmax(-1) if self.active[0].vectorised else logits.new_zeros(logits.shape[:2], dtype=torch.long)
+        return logits.argmax(-1) if self.vectorised else logits.new_zeros(logits.shape[:2], dtype=torch.long)
 
     def drop_finished(self) -> list[int]:
         """Let finished rows choose no more; returns which of those that did still do."""
@@ -199,6 +205,8 @@ class Choosers:
             for chooser in self.rows:
                 chooser.finished |= chooser.length >= max(done)
         staying = [at for at, chooser in enumerate(self.active) if not chooser.finished]
+        if self.keeps_finished and staying:
+            staying = list(range(len(self.active)))
         self.active = [self.active[at] for at in staying]
         return staying
 

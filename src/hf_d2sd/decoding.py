@@ -1,15 +1,16 @@
 """The decoding loop: prefill, then cycles of draft, select, redraft, tree, verify, accept and commit."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .acceptance import walk
+from .acceptance import greedy_paths, walk
 from .choosing import Chooser, Choosers
 from .drafting import Draft, Drafter
-from .expansion import expand, likeliest_paths
+from .expansion import count_nodes, expand, likeliest_paths
 from .prefixes import select_prefix_lengths
 from .stats import D2SDStats
 from .target import Target, TargetPass
@@ -33,6 +34,7 @@ class DecodingOptions:
     tree_width: int = 1  # W, how many tokens of a draft may stand at one place of the tree; at least 1
     branch_source: str = "second"  # who writes the branches, one of BRANCH_SOURCES
     attention_backend: str | None = None  # a name of `hf_d2sd.attention`; `None`: the fastest that can run
+    compiler: Callable | None = None  # what makes a function a compiled one; then all shapes are fixed
 
     def __post_init__(self):
         for name, least in (("num_branches", 0), ("tree_budget", 1), ("block_size", 2), ("tree_width", 1)):
@@ -51,6 +53,25 @@ class DecodingOptions:
                 f"d2sd_branch_source is {self.branch_source!r} and d2sd_tree_width is {self.tree_width}: a tree of "
                 "the likeliest tokens has no use for samples. Set d2sd_tree_width to 1."
             )
+
+    @property
+    def redrafts(self) -> bool:
+        """Whether the second drafter has work."""
+        return self.num_branches > 0 and self.branch_source == "second"
+
+    @property
+    def depth(self) -> int:
+        """The deepest a tree can be: tokens that a cycle can add to a row, the anchor aside."""
+        return (self.second_block_size if self.redrafts else self.block_size) - 1
+
+    @property
+    def tree_size(self) -> int:
+        """Nodes in a tree of fixed size, with fillers."""
+        if self.tree_width > 1:
+            return count_nodes(self.tree_budget, self.tree_width, self.depth)
+        branches = min(self.num_branches, self.block_size, self.depth)
+        every = 1 + self.depth * (branches + 1)
+        return every if self.tree_budget is None else min(self.tree_budget, every)
 
 
 def decode(
@@ -73,24 +94,27 @@ def decode(
     stats.add_first_tokens(len(tokens))
     emit(tokens[:1])
     tokens = leave(target, drafters, choosers, tokens)
-    while tokens:
-        anchors = torch.tensor(tokens, device=target.device)
-        trees = grow_tree(anchors, drafters, options, choosers.rooms)  # 1 draft, 2 select, 3 redraft, 4 tree
-        step = target.verify(trees)  # 5 verify
-        choices = choosers.look(step.logits).to(target.device)
-        columns = torch.stack([trees.tokens, trees.parents, trees.depths, trees.ranks, trees.sources, choices], dim=1)
-        rows = columns.tolist()  # the cycle's one transfer
-        paths, emitted = zip(*(accept(*row) for row in zip(choosers.active, rows)))  # 6 accept
-        nodes, counts = pad_paths(paths, target.device), [len(path) for path in paths]
-        target.commit(nodes, counts)  # 7 commit
-        for drafter in drafters:
-            drafter.extend(step, target.positions, nodes, counts)
-        for at, (chooser, path) in enumerate(zip(choosers.active, paths)):
-            for node in path:
-                chooser.record.add_hidden_states(step.hidden_states, at, node)
-            stats.add_cycle(path, *rows[at][1:5])
-        emit(emitted[0])
-        tokens = leave(target, drafters, choosers, [row[-1] for row in emitted])
+    with fixed_shapes(target, drafters, choosers, options) if tokens else contextlib.nullcontext():
+        while tokens:
+            anchors = torch.tensor(tokens, device=target.device)
+            trees = grow_tree(anchors, drafters, options, choosers.rooms)  # 1 draft, 2 select, 3 redraft, 4 tree
+            step = target.verify(trees)  # 5 verify
+            choices = choosers.look(step.logits).to(target.device)
+            known_paths = paths_ahead(target, trees, choices, options) if choosers.vectorised else None
+            columns = trees.tokens, trees.parents, trees.depths, trees.ranks, trees.sources, choices
+            rows = torch.stack(columns, dim=1).tolist()  # the cycle's one transfer
+            paths, emitted = zip(*(accept(*row) for row in zip(choosers.active, rows)))  # 6 accept
+            nodes, counts = pad_paths(paths, options, target.device, known_paths), [len(path) for path in paths]
+            target.commit(nodes, counts)  # 7 commit
+            for drafter in drafters:
+                drafter.extend(step, target.positions, nodes, counts)
+            for at, (chooser, path) in enumerate(zip(choosers.active, paths)):
+                for node in path:
+                    chooser.record.add_hidden_states(step.hidden_states, at, node)
+                stats.add_cycle(path, *rows[at][1:5])
+            emit(emitted[0])
+            anchors = [row[-1] if row else before for row, before in zip(emitted, tokens)]
+            tokens = leave(target, drafters, choosers, anchors)
 
 
 def begin(
@@ -108,16 +132,61 @@ def begin(
 
 
 def accept(chooser: Chooser, columns: list[list[int]]) -> tuple[list[int], list[int]]:
-    """One row's path (A,) and the tokens that are emitted for it (A,). `columns`: (6, N), as `decode` stacks them."""
+    """One row's path (A,) and the tokens that are emitted for it (A,). `columns`: (6, N), as `decode` stacks them.
+
+    Both are empty for a row that had ended before.
+    """
+    if chooser.finished:
+        return [], []
     tokens, parents, *_, choices = columns
     chooser.know(choices)
     return walk(tokens, parents, chooser.choose, chooser.is_finished)
 
 
-def pad_paths(paths: Sequence[list[int]], device: torch.device) -> Tensor:
-    """(B, A): the rows' paths, filled up to the longest."""
-    longest = max(map(len, paths))
-    return torch.tensor([path + [0] * (longest - len(path)) for path in paths], device=device)
+def paths_ahead(target: Target, trees: CandidateTree, choices: Tensor, options: DecodingOptions) -> Tensor | None:
+    """(B, depth + 1): the paths, before the host has seen a choice; `None` where shapes are not fixed."""
+    if options.compiler is None:
+        return None
+    fields = trees.tokens, trees.parents, trees.depths, target.nodes.visible
+    return options.compiler(greedy_paths)(*fields, choices, options.depth + 1).clone()  # CUDA graphs use it again
+
+
+def pad_paths(
+    paths: Sequence[list[int]], options: DecodingOptions, device: torch.device, known: Tensor | None = None
+) -> Tensor:
+    """(B, A): the rows' paths, filled up; where they are known on the device, these."""
+    if known is not None:
+        return known
+    width = max(map(len, paths)) if options.compiler is None else options.depth + 1
+    return torch.tensor([path + [0] * (width - len(path)) for path in paths], device=device)
+
+
+@contextlib.contextmanager
+def fixed_shapes(target: Target, drafters: list[Drafter], choosers: Choosers, options: DecodingOptions):
+    """If there is a compiler, every cycle within has tensors of the same shapes: what is compiled once serves all.
+
+    Rows then stay in the batch until all have ended, and each call's buffers have one of a few sizes.
+
+    Raises:
+        ValueError: without a limit of the length.
+    """
+    if options.compiler is None:
+        yield
+        return
+    if choosers.rooms is None:
+        raise ValueError("Compiled decoding needs a limit: pass max_new_tokens or max_length.")
+    choosers.keeps_finished = True
+    longest = max(target.cache.lengths) + max(choosers.rooms) + options.depth + 1
+    capacity = next(size for size in (*(256 * 2**i for i in range(5)), -(-longest // 4096) * 4096) if size >= longest)
+    workers = (target, *drafters)
+    try:
+        target.fix(capacity, options.tree_size, options.compiler)
+        for drafter in drafters:
+            drafter.fix(capacity, options.depth + 1, options.compiler)
+        yield
+    finally:
+        for worker in workers:
+            worker.unfix()
 
 
 def leave(target: Target, drafters: list[Drafter], choosers: Choosers, tokens: list[int]) -> list[int]:
@@ -137,7 +206,8 @@ def grow_tree(
 
     `rooms` is how many tokens may still be emitted: the deepest node's own choice must be among them.
     """
-    if options.tree_budget == 1 or (rooms is not None and max(rooms) == 1):
+    fixed = options.compiler is not None
+    if options.tree_budget == 1 or (rooms is not None and max(rooms) == 1 and not fixed):
         return CandidateTree.anchor_only(anchors)
     draft = drafters[0].draft(anchors, options.block_size)
     max_depth = None if rooms is None else torch.tensor(rooms, device=anchors.device) - 1
@@ -145,13 +215,21 @@ def grow_tree(
         return grow_wide_tree(anchors, draft, drafters, options, max_depth)
     tokens, confidence = draft.tokens[:, 0], draft.confidence[:, 0]
     branches = None
-    if options.num_branches and options.branch_source == "samples":
-        prefix_lengths = select_prefix_lengths(confidence, options.num_branches, options.block_size)
-        branches = drafters[0].sample_branches(draft, prefix_lengths)
-    elif options.num_branches:
+    if options.redrafts:
         prefix_lengths = select_prefix_lengths(confidence, options.num_branches, options.second_block_size)
         branches = drafters[1].redraft(anchors, tokens, prefix_lengths, options.second_block_size)
-    return CandidateTree.merge(anchors, tokens, confidence, branches, budget=options.tree_budget, max_depth=max_depth)
+    elif options.num_branches:
+        prefix_lengths = select_prefix_lengths(confidence, options.num_branches, options.block_size)
+        branches = drafters[0].sample_branches(draft, prefix_lengths)
+    return CandidateTree.merge(
+        anchors,
+        tokens,
+        confidence,
+        branches,
+        budget=options.tree_budget,
+        max_depth=max_depth,
+        fixed_size=fixed or anchors.device.type == "cuda",
+    )
 
 
 def grow_wide_tree(
@@ -159,7 +237,7 @@ def grow_wide_tree(
 ) -> CandidateTree:
     """The likeliest nodes by both drafters: the second re-drafts after the K likeliest paths of the first."""
     guesses, paths = draft.guesses(options.tree_width), None
-    if options.num_branches:
+    if options.redrafts:
         longest = options.second_block_size - 2  # a position is left to draft
         paths = likeliest_paths(anchors, guesses, options.num_branches, longest)
         redraft = drafters[1].redraft_paths(anchors, paths, options.second_block_size)

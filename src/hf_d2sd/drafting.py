@@ -64,6 +64,8 @@ class Drafter:
         self._embed, self._head = target.get_input_embeddings(), draft_head(model, target.get_output_embeddings())
         self._generator = torch.Generator(execution_device(target.get_output_embeddings())).manual_seed(0)  # not yours
         self._attention = TreeAttention.for_model(model, backend, two_sided=True)
+        self._fixed: tuple[int, int, Callable] | None = None  # capacity, width of the new context, compiler
+        self._run = model
         self._nodes = {}  # (B, K, γ) → what the queries of such blocks see of each other
 
     def extend(
@@ -86,6 +88,14 @@ class Drafter:
     def select(self, staying: list[int]) -> None:
         """Let all rows but the given ones leave the batch."""
         self.context.select(staying)
+
+    def fix(self, capacity: int, width: int, compiler: Callable) -> None:
+        """Once the prompt is known, draft with buffers of so many tokens and `width` new ones, by compiled passes."""
+        self._fixed = capacity, width, compiler
+
+    def unfix(self) -> None:
+        self.context.cache.unfix()
+        self._fixed, self._run = None, self.model
 
     def draft(self, anchor: Tensor, block_size: int) -> Draft:
         """The first draft: one block after each anchor (B,), all of it masked. K is 1."""
@@ -117,12 +127,17 @@ class Drafter:
         """One forward for all blocks (B, K, γ): a row's are one long query over its one context."""
         rows, count, block_size = blocks.shape
         context, counts = self.context.take()  # (B, C, F)
+        if self.context.cache.layers[0].fixed is not None:
+            context = nn.functional.pad(context, (0, 0, 0, self._fixed[1] - context.shape[1]))
         before = self.context.lengths(rows)
         lengths = [length + new for length, new in zip(before, counts)]
         width, size = context.shape[1], count * block_size
         # The new context goes behind each row's, the blocks behind the longest.
         start = max(before) + width
-        if min(before) < max(before) or min(counts) < width:
+        capacity = self.context.cache.layers[0].fixed
+        if capacity is not None:
+            start = capacity
+        if capacity is not None or min(before) < max(before) or min(counts) < width:
             slots = _slots(before, width, start, size, self.device)
             self.context.cache.place(slots, start + size)
         nodes = self._block_nodes(rows, count, block_size)
@@ -133,7 +148,7 @@ class Drafter:
         with without_embed_norm(self._embed):
             embeds = self._embed(blocks.view(rows, -1))
         with self._attention.active(prepared):
-            hidden = self.model(
+            hidden = self._run(
                 noise_embeds=embeds.to(self.device, self.dtype),
                 context_hidden_states=context,
                 position_ids=self._positions(counts, width, nodes.depths),
@@ -142,6 +157,12 @@ class Drafter:
             ).last_hidden_state
         self.context.cache.place(None)
         self.context.cache.set_lengths(lengths)
+        if self._fixed is not None and capacity is None:
+            capacity, _, compiler = self._fixed
+            self.context.cache.fix(capacity, size)
+            self._run = compiler(self.model)
+        if self._run is not self.model:  # CUDA graphs write their next results to the same place
+            hidden = hidden.clone()
         hidden = hidden.view(rows, count, block_size, -1)[:, :, 1:]
         return self._read(self._head(hidden.to(self._head_dtype)), blocks.device)
 

@@ -82,6 +82,15 @@ def expand(
     return _best_of(anchor, levels, budget)
 
 
+def count_nodes(budget: int, width: int, depth: int) -> int:
+    """How many nodes, fillers included, `expand` returns for drafts of that width and depth."""
+    level = nodes = 1
+    for _ in range(depth):
+        level = min(budget - 1, level * width)
+        nodes += level
+    return min(budget, nodes)
+
+
 def _best_of(anchor: Tensor, levels: list[tuple[Tensor, Tensor, Tensor, Tensor]], budget: int) -> CandidateTree:
     """The best nodes of all levels; among equal scores a parent comes before its children."""
     rows = len(anchor)

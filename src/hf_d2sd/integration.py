@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ from .target import Target
 _OPTIONS = (
     "d2sd_num_branches",
     "d2sd_tree_budget",
-    "d2sd_block_size",
-    "d2sd_attention_backend",
     "d2sd_tree_width",
+    "d2sd_block_size",
     "d2sd_branch_source",
+    "d2sd_attention_backend",
+    "d2sd_compile",
 )
 _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 
@@ -202,8 +204,7 @@ def assisted_decode(
     if streamer is not None and prompt.rows > 1:
         raise ValueError(f"A streamer takes one sequence, got a batch of {prompt.rows}: drop `streamer`.")
     options = decoding_options(assistant, generation_config)
-    both = options.num_branches and options.branch_source == "second"
-    models = assistant.drafters if both else [assistant.first]
+    models = assistant.drafters if options.redrafts else [assistant.first]
     # Of a batch the cache is put together only if somebody will see it.
     returns_cache = generation_config.return_dict_in_generate or getattr(user_cache, "_is_user_defined", False)
     returns_cache |= prompt.rows == 1
@@ -281,7 +282,7 @@ def decoding_options(assistant: D2SDAssistant, generation_config: GenerationConf
     """
     config = assistant.config
     first, second = config.first.block_size, config.second.block_size if config.second is not None else None
-    num_branches, tree_budget, block_size, backend, tree_width, branch_source = (
+    num_branches, tree_budget, tree_width, block_size, branch_source, backend, compiled = (
         getattr(generation_config, name, None) for name in _OPTIONS
     )
     options = DecodingOptions(
@@ -292,15 +293,48 @@ def decoding_options(assistant: D2SDAssistant, generation_config: GenerationConf
         attention_backend=backend,
         tree_width=config.tree_width if tree_width is None else tree_width,
         branch_source="second" if branch_source is None else branch_source,
+        compiler=_compiler(assistant, compiled),
     )
     if options.block_size > first:
         raise ValueError(f"d2sd_block_size is {options.block_size}; the first drafter was made for at most {first}.")
-    if options.num_branches and options.branch_source == "second" and assistant.second is None:
+    if options.redrafts and assistant.second is None:
         raise ValueError(
             f"d2sd_num_branches is {options.num_branches}, but the assistant has no second drafter. Set it to 0, or "
             "load a pair: D2SDAssistant.from_drafters(first, second)."
         )
     return options
+
+
+class _Compiled(dict):
+    """What was compiled of a function or module, by options. Kept with it, but never copied or saved with it."""
+
+    def __deepcopy__(self, memo):
+        return _Compiled()
+
+    def __reduce__(self):
+        return _Compiled, ()
+
+
+def compile_once(options: dict, function: Callable) -> Callable:
+    """A function, or a module's forward, compiled: always the same one for the same options."""
+    known = vars(function).setdefault("_d2sd_compiled", _Compiled())
+    key = repr(sorted(options.items()))
+    if key not in known:
+        known[key] = torch.compile(getattr(function, "forward", function), **options)
+    return known[key]
+
+
+def _compiler(assistant: D2SDAssistant, compiled: bool | None) -> Callable | None:
+    """What compiles a function, once, if `d2sd_compile` or `assistant.compile()` asks for it.
+
+    Raises:
+        ValueError: if `d2sd_compile` is neither True nor False.
+    """
+    if compiled not in (None, True, False):
+        raise ValueError(f"d2sd_compile is {compiled!r}; it must be True or False.")
+    if compiled is False or (compiled is None and assistant.compile_options is None):
+        return None
+    return functools.partial(compile_once, {"dynamic": False, **(assistant.compile_options or {})})
 
 
 def _resume_contexts(assistant: D2SDAssistant, cache, positions: list[int]) -> list[DraftContext | None]:

@@ -188,7 +188,8 @@ class CpuKernel(Kernel):
             (start, end), *_ = bounds
             seen = slice(start, end)
             return _cpu_kernel(query, key[:, :, seen], value[:, :, seen], 0.0, False, scale=scale)
-        out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=torch.float32)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
         for row, (start, end) in enumerate(bounds):
             if start < end:
                 one, seen = slice(row, row + 1), slice(start, end)

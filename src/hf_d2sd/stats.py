@@ -57,7 +57,9 @@ class D2SDStats:
     def add_cycle(
         self, path: list[int], parents: list[int], depths: list[int], ranks: list[int], sources: list[int]
     ) -> None:
-        """One row's path, and for each of the N nodes its parent, depth, rank and source."""
+        """One row's path, and for each of the N nodes its parent, depth, rank and source. No path: it had ended."""
+        if not path:
+            return
         self.cycles += 1
         self.committed_per_cycle.append(len(path))
         self.tree_sizes.append(1 + sum(parent >= 0 for parent in parents))

@@ -1,6 +1,6 @@
 """The target: prefill, one pass over a tree, and the cache that keeps the accepted path."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,6 +64,7 @@ class Target:
         self.model, self.cache = model, cache
         self.attention = TreeAttention.for_model(model, backend)
         self.device = execution_device(model.get_input_embeddings())
+        self._run = model  # or compiled, for passes of a fixed shape
         self.rows = list(range(rows))  # which rows of the batch are still in it
         self._left = {} if keeps_left_rows else None  # row → its cache and position
         self._capture = True if all_hidden_states else select_layers(layer_ids)
@@ -138,11 +139,25 @@ class Target:
         self.commit(torch.arange(tokens.shape[1], device=self.device).expand(tokens.shape), counts)
         return step
 
+    def fix(self, capacity: int, nodes: int, compiler: Callable) -> None:
+        """From now on verify trees of so many nodes in buffers of so many tokens, by compiled passes.
+
+        Args:
+            compiler: makes a function a compiled one.
+        """
+        self.cache.fix(capacity, nodes)
+        self.cache.place(torch.arange(capacity, capacity + nodes, device=self.device))
+        self._run, self.cache.mover = compiler(self.model), compiler(self.cache.mover)
+
+    def unfix(self) -> None:
+        self.cache.unfix()
+        self._run = self.model
+
     def verify(self, tree: CandidateTree) -> TargetPass:
         """One pass over the N nodes, each seeing the cache and its own ancestors; the cache grows by all nodes."""
-        self._starts = self.cache.starts()
+        self._starts, self.nodes = self.cache.starts(), Nodes.of_tree(tree)
         lengths = {name: layer.lengths for name, layer in self.cache.by_type().items()}
-        prepared = self.attention.prepare(Nodes.of_tree(tree), self.cache, self._starts, lengths, self.model.dtype)
+        prepared = self.attention.prepare(self.nodes, self.cache, self._starts, lengths, self.model.dtype)
         positions = torch.tensor(self.positions, device=self.device)[:, None] + tree.depths
         with self.attention.active(prepared):
             logits, hidden_states = self._forward(
@@ -150,13 +165,18 @@ class Target:
                 position_ids=positions,
                 attention_mask=self.attention.as_argument(prepared),
                 **{CACHE_NAME: self.cache},
+                run=self._run,
                 use_cache=True,
             )
         return TargetPass(logits, hidden_states)
 
-    def _forward(self, **inputs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def _forward(self, run=None, **inputs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         """The model's logits (B, T, V) and the hidden states that were asked for."""
-        output = self.model(**inputs, output_hidden_states=self._capture, return_dict=True)
+        run = run or self.model
+        output = run(**inputs, output_hidden_states=self._capture, return_dict=True)
+        if run is not self.model:  # CUDA graphs write their next results to the same place
+            output.logits = output.logits.clone()
+            output.hidden_states = tuple(layer if layer is None else layer.clone() for layer in output.hidden_states)
         return output.logits, embeddings_first(output.hidden_states, selected=self._capture is not True)
 
     def commit(self, paths: Tensor, counts: list[int]) -> None:
