@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from hf_d2sd.expansion import Guesses, Paths, expand, likeliest_paths
+from hf_d2sd.expansion import Guesses, Paths, count_nodes, expand, likeliest_paths
 from hf_d2sd.tree import FROM_FIRST, FROM_SECOND
 
 
@@ -91,6 +91,14 @@ def test_the_likeliest_paths_are_those_of_the_first_draft_alone():
         best = sorted(every, key=every.get, reverse=True)[:6]
         found = [tuple(t[:n]) for t, n in zip(paths.tokens[row].tolist(), paths.lengths[row].tolist())]
         assert sorted(found) == sorted(best)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("budget", [2, 4, 9, 99])
+def test_the_number_of_nodes_is_known_beforehand(depth, width, budget):
+    guesses = random_guesses(0, rows=2, drafts=1, depth=depth, width=width)
+    assert len(expand(ANCHORS, guesses, budget=budget)) == count_nodes(budget, width, depth)
 
 
 def test_one_guess_a_position_gives_a_chain():
