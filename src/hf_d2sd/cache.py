@@ -179,7 +179,7 @@ def _move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
 def _empty_buffer(like: Tensor, capacity: int) -> Tensor:
     """(B, H, capacity, D). On a GPU a token's heads lie side by side, as FlashAttention's packed sequences want it.
 
-    Of a batch it is zero: slots behind the shorter rows' ends are hidden by masks, which do not hide what is no number.
+    Of a batch it is zero: slots behind shorter rows' ends are hidden by masks, which do not hide what is no number.
     """
     rows, heads, _, width = like.shape
     make = like.new_empty if rows == 1 else like.new_zeros
