@@ -11,7 +11,7 @@ from tiny import VOCAB, WINDOW, image_inputs, prompt, tiny_assistant, tiny_draft
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
-from hf_d2sd import D2SDAssistant
+from hf_d2sd import D2SDAssistant, attention
 from hf_d2sd.drafting import Draft, Drafter
 from hf_d2sd.modeling import CACHE_NAME
 
@@ -104,9 +104,10 @@ def test_it_holds_with_each_option(family, options, monkeypatch):
     check(family, 5, "left", 1, monkeypatch, **options)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "eager", "packed"])
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "cpu", "packed"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_it_holds_on_each_backend(family, backend, packed, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", 0)
     check(family, 5, "left", 2, monkeypatch, d2sd_attention_backend=backend)
 
 

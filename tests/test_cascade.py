@@ -129,6 +129,11 @@ def kernels(packed):
     return {"cpu": CPU, "packed": packed}
 
 
+@pytest.fixture(params=[0, attention.SHORT], ids=["in two parts", "in one where keys are few"])
+def parts(request, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", request.param)
+
+
 def cases(family: str):
     """TREES in all over the families: 1 to 3 rows, each of its own tree and length; windows and buffers in turn."""
     windows = itertools.cycle([None, 1, 2, 4, 9, 30, None])
@@ -142,7 +147,7 @@ def cases(family: str):
 
 @pytest.mark.parametrize("name", ["cpu", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_attention_over_all_keys_on_500_trees(family, name, kernels):
+def test_equals_attention_over_all_keys_on_500_trees(family, name, kernels, parts):
     shape = family_shape(family)
     for seed, tree, lengths, window, fixed in cases(family):
         for sinks in {shape.sinks, None} if shape.sinks is not None else (None, torch.randn(shape.heads[0])):
@@ -153,7 +158,7 @@ def test_equals_attention_over_all_keys_on_500_trees(family, name, kernels):
 
 
 @pytest.mark.parametrize("name", ["cpu", "packed"])
-def test_another_tree_gives_another_result(name, kernels):
+def test_another_tree_gives_another_result(name, kernels, parts):
     """The control of the test above: its tolerance tells trees apart that differ in one parent."""
     found = 0
     for seed in range(100):
@@ -167,7 +172,7 @@ def test_another_tree_gives_another_result(name, kernels):
 
 
 @pytest.mark.parametrize("name", ["cpu", "packed"])
-def test_half_precision_is_as_near_as_half_precision_is(name, kernels):
+def test_half_precision_is_as_near_as_half_precision_is(name, kernels, parts):
     torch.manual_seed(0)
     tree, layer = random_tree(3, 12), TreeLayer()
     layer.update(*(torch.randn(1, 2, 30, 8).bfloat16() for _ in range(2)))
@@ -225,19 +230,21 @@ def test_packed_tokens_of_a_buffer_with_heads_side_by_side_are_a_view():
         assert torch.equal(tokens[9 * row : 9 * row + 5], buffer[row, 2:7])
 
 
-def test_the_compiled_operator_is_registered_soundly():
+def test_the_compiled_operator_is_registered_soundly(parts):
     tree, layer = random_tree(1, 7), TreeLayer()
     layer.update(torch.randn(1, 2, 11, 8), torch.randn(1, 2, 11, 8))
     plan = plan_layer(CPU, Nodes.of_tree(tree), [], [11], 11, layer, None, torch.float32)
     key, value = layer.update(torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8))
     arguments = (torch.randn(1, 4, 7, 8), key, value, plan.bounds, None, plan.mask, [], [], torch.randn(4), "cpu",
-                 0.3, 0.0, plan.longest, plan.deepest, True, True)  # fmt: skip
+                 0.3, 0.0, plan.longest, plan.deepest, True, plan.has_prefix)  # fmt: skip
     torch.library.opcheck(attention._cascade_op, arguments, test_utils=("test_schema", "test_faketensor"))
     assert torch.equal(attention._cascade_op(*arguments), cascade(*arguments))
 
 
-def test_nothing_as_large_as_nodes_times_context_is_made():
+def test_nothing_as_large_as_nodes_times_context_is_made(monkeypatch):
     """Every tensor that the plan of a pass holds is the same size at 100 and at 3,000 tokens of context."""
+
+    monkeypatch.setattr(attention, "SHORT", 0)
 
     def sizes(context, window):
         layer = TreeLayer(window)

@@ -22,6 +22,7 @@ from .tree import CandidateTree, Chains
 logger = logging.get_logger(__name__)
 
 NAME = "d2sd_cascade"
+SHORT = 512  # keys up to which one call with a mask beats two calls and a merge on a CPU, measured
 MASKED = ("sdpa", "eager")  # attention of Transformers that takes a 4-D mask
 
 
@@ -67,7 +68,8 @@ class LayerPlan:
 
     bounds: Tensor  # (B, 2): of each row's stored keys, all nodes see those from bounds[b, 0] up to bounds[b, 1]
     edge: Tensor | None  # (B, E), slots of the keys before them that some nodes see; `None`: there are none
-    mask: Tensor | None  # (B or 1, 1, N, E + N), added to the scores of the small part; `None`: `segments` say it
+    # (B or 1, 1, N, E + N), added to the scores of the small part; (B, 1, N, keys) if that has all of few keys.
+    mask: Tensor | None  # `None`: `segments` say it
     prefix: list[Tensor]  # int32 starts of the prefix part as packed sequences: queries and keys, (2·B + 1,) each
     segments: list[Tensor]  # of the small part as packed sequences: the fields of `Chains`
     longest: int  # at least the longest row's stored keys
@@ -173,22 +175,25 @@ def cascade(
         own = (states[:, :, nodes] for states in (key, value))
         out, lse = _over_segments(run, query, *own, segments, deepest, causal, scaling, softcap)
     else:
-        few = [_with_edge(states, nodes, edge) for states in (key, value)]
+        every = edge is None and mask.shape[-1] == key.shape[2]
+        few = [states if every else _with_edge(states, nodes, edge) for states in (key, value)]
         out, lse = run.masked(query, *few, mask, scaling, softcap)
     if has_prefix:
         over_prefix = run.over_prefix(query, key, value, bounds, prefix, longest, scaling, softcap)
-        out, lse = merge(out, lse, *over_prefix)
+        out, lse = merge(out, lse, *over_prefix, needs_lse=sinks is not None)
     if sinks is not None:
         out = out * torch.sigmoid(lse - sinks[:, None])[..., None].to(out.dtype)
     return out.transpose(1, 2).contiguous()
 
 
-def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge(
+    out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor, needs_lse: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Two attentions over different keys as one: outputs (B, H, N, D), LSEs (B, H, N), at least in float32."""
     dtype = torch.promote_types(out.dtype, torch.float32)
     share = torch.sigmoid(other_lse - lse)[..., None].to(dtype)
     merged = torch.lerp(out.to(dtype), other_out.to(dtype), share)
-    return merged.to(out.dtype), torch.logaddexp(lse, other_lse)
+    return merged.to(out.dtype), torch.logaddexp(lse, other_lse) if needs_lse else None
 
 
 def _with_edge(states: Tensor, nodes: slice, edge: Tensor | None) -> Tensor:
@@ -364,7 +369,10 @@ def plan_layer(
     narrow = window is not None and (layer.fixed is not None or max(lengths) + deepest >= window)
     starts, edge, mask = torch.zeros_like(ends), None, None
     first = layer.first_handed_out
-    if narrow:
+    few = not kernel.packs and layer.fixed is None and start + len(nodes) - first <= SHORT
+    if few:
+        mask = additive(tree_mask(nodes, lengths, start, layer, window), dtype)[:, None]
+    elif narrow:
         # Key i is seen from depth d if len - i + d < window: by all nodes from len + deepest - window + 1 on.
         starts = torch.minimum((ends + deepest - window + 1).clamp(min=0), ends)
         edge = starts[:, None] - 1 - torch.arange(min(deepest, window - 1), device=device)  # (B, E)
@@ -384,7 +392,7 @@ def plan_layer(
         longest=max(lengths) if layer.fixed is None else start,
         deepest=deepest,
         causal=nodes.block_size is None,
-        has_prefix=max(lengths) > 0 and (not narrow or deepest + 1 < window),
+        has_prefix=not few and max(lengths) > 0 and (not narrow or deepest + 1 < window),
     )
 
 

@@ -177,11 +177,15 @@ def _move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
 
 
 def _empty_buffer(like: Tensor, capacity: int) -> Tensor:
-    """(B, H, capacity, D). On a GPU a token's heads lie side by side, as FlashAttention's packed sequences want it."""
+    """(B, H, capacity, D). On a GPU a token's heads lie side by side, as FlashAttention's packed sequences want it.
+
+    Of a batch it is zero: slots behind shorter rows' ends are hidden by masks, which do not hide what is no number.
+    """
     rows, heads, _, width = like.shape
+    make = like.new_empty if rows == 1 else like.new_zeros
     if like.is_cuda:
-        return like.new_empty(rows, capacity, heads, width).transpose(1, 2)
-    return like.new_empty(rows, heads, capacity, width)
+        return make(rows, capacity, heads, width).transpose(1, 2)
+    return make(rows, heads, capacity, width)
 
 
 class TreeCache(Cache):
