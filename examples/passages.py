@@ -57,13 +57,13 @@ def main() -> None:
     folder = args.data / "prompts"
     written = [text for file in sorted(folder.glob("*.json")) for text in json.loads(file.read_text())["prompts"]]
     questions = sorted({text for text in written if text.endswith("?") and len(text) < 120})
-    if len(passages) < 2 or not questions:
-        raise SystemExit(f"{args.data} has {len(passages)} passages and {len(questions)} questions: write more text.")
+    if len(passages) < 2:
+        raise SystemExit(f"{args.data} has {len(passages)} passages; two are needed. Write more text.")
     rng = random.Random(args.seed)
     prompts = []
     for index in range(args.count):
-        template = rng.choice(ONE if index % 3 else TWO)
-        prompts.append(template.format(*rng.sample(passages, 2), rng.choice(questions)))
+        template = rng.choice(ONE if index % 3 or not questions else TWO)
+        prompts.append(template.format(*rng.sample(passages, 2), rng.choice(questions or [""])))
     args.out.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
     print(f"{len(prompts)} prompts out of {len(passages)} passages and {len(questions)} questions")
 

@@ -5,14 +5,23 @@
 #
 # FOLDER gets the target, the text, both runs, and the pair. Every stage goes on where it was stopped, so the script can
 # be killed and started again; with STOP_AFTER=9 each stage ends after nine minutes, and the script ends with it unless
-# the stage is done. On a GPU the text and the steps below take well under an hour in all; on two CPU cores make them
-# smaller: SELF_PROMPTS=1500 MAX_PROMPTS=2500 FIRST_STEPS=4000 SECOND_STEPS=4000 ROWS=4 ANCHORS=32 BATCH_SIZE=96.
+# the stage is done. The figures below are for a GPU, where all of it takes well under an hour. CPU=1 takes the smaller
+# ones that the pair in hub_cards/ was made with: about two hours on two cores with AMX, a process on each.
 set -euo pipefail
 out=${1:?usage: examples/train_smollm2.sh FOLDER}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
 stop=${STOP_AFTER:+--stop_after $STOP_AFTER}
 mkdir -p "$out"
+
+if [ "${CPU:-0}" = 1 ]; then
+    : "${MAX_PROMPTS:=3500}" "${SELF_PROMPTS:=2400}" "${PASSAGES:=512}" "${BATCH_SIZE:=128}" "${WRITERS:=2}"
+    : "${STEPS:=5000}" "${ROWS:=8}" "${ANCHORS:=32}" "${COMPILE:=True}" "${FEATURES:=cache}" "${LOSS_CHUNK:=128}"
+    : "${EVAL_EVERY:=2500}" "${SIDE_BY_SIDE:=1}"
+    # One thread a process, and memory that the allocator keeps: without these a step takes up to twice as long.
+    export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
+    export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+fi
 
 if [ ! -d "$out/target" ]; then
     PYTHONPATH=$here "$python" - "$out/target" <<'PYTHON'
@@ -27,22 +36,36 @@ os.replace(partial, sys.argv[1])
 PYTHON
 fi
 
-# Text: 160 tokens an answer, as long as what is measured, and a little more.
-text=$("$python" -m hf_d2sd.cli distill --target "$out/target" --out "$out/text" \
-    --prompts "$here/prompts/instruct_train_prompts.jsonl" "$here/prompts/gsm8k_train_prompts.jsonl" \
+# text FOLDER OPTION...: the target writes, 160 tokens an answer: as long as what is measured, and a little more.
+text() {
+    local folder=$1
+    shift
+    local command=("$python" -m hf_d2sd.cli distill --target "$out/target" --out "$folder" --max_new_tokens 160 $stop "$@")
+    for _ in $(seq 2 "${WRITERS:-1}"); do "${command[@]}" >/dev/null & done
+    "${command[@]}"
+    wait
+    # With ENOUGH=1 the text is what there is: the shards come in random order, so that any part is a fair sample.
+    [ "${ENOUGH:-0}" = 1 ] || [[ $("${command[@]}") == *'"missing_shards": 0'* ]] ||
+        { echo "shards are missing: run the script again to go on, or with ENOUGH=1 to do with what is there" >&2; exit 1; }
+}
+text "$out/text" --prompts "$here/prompts/instruct_train_prompts.jsonl" "$here/prompts/gsm8k_train_prompts.jsonl" \
     --max_prompts "${MAX_PROMPTS:-8000}" --self_prompts "${SELF_PROMPTS:-60000}" --openings "$here/openings.txt" \
-    --max_new_tokens 160 --max_prompt_tokens 400 --batch_size "${BATCH_SIZE:-512}" $stop)
-echo "$text"
-[[ $text == *'"missing_shards": 0'* ]] || { echo "shards are missing: run the script again to go on" >&2; exit 1; }
+    --max_prompt_tokens 400 --batch_size "${BATCH_SIZE:-512}"
+# Then prompts about passages of what it wrote.
+[ -f "$out/passages.jsonl" ] || "$python" "$here/passages.py" --target "$out/target" --data "$out/text" \
+    --count "${PASSAGES:-8000}" --out "$out/passages.jsonl"
+text "$out/passages" --prompts "$out/passages.jsonl" --max_prompt_tokens 700 --batch_size "$((${BATCH_SIZE:-512} / 2))"
 
-# drafter ROLE STEPS [OPTION...]
+# drafter ROLE [OPTION...]
 drafter() {
-    local role=$1 steps=$2
-    shift 2
-    "$python" -m hf_d2sd.cli train --target "$out/target" --data "$out/text" --out "$out/$role" --role "$role" \
-        --block_size 8 --num_layers 2 --target_layer_ids 9 18 27 --qk_norm False --draft_vocab_size 8192 \
-        --mask_token '<empty_output>' --rows "${ROWS:-16}" --anchors "${ANCHORS:-64}" --lr "${LR:-1e-3}" \
-        --features "${FEATURES:-online}" --max_steps "$steps" --eval_every 1000 --save_every 500 $stop "$@"
+    local role=$1 steps=${STEPS:-30000}
+    shift
+    "$python" -m hf_d2sd.cli train --target "$out/target" --data "$out/text" "$out/passages" --out "$out/$role" \
+        --role "$role" --block_size 8 --num_layers 2 --target_layer_ids 9 18 27 --qk_norm False \
+        --draft_vocab_size 8192 --mask_token '<empty_output>' --rows "${ROWS:-16}" --anchors "${ANCHORS:-64}" \
+        --lr "${LR:-1e-3}" --tau "${TAU:-2}" --features "${FEATURES:-online}" --compile "${COMPILE:-False}" \
+        --loss_chunk "${LOSS_CHUNK:-1024}" --max_steps "$steps" --eval_every "${EVAL_EVERY:-1000}" --save_every 100 \
+        $stop "$@"
     "$python" - "$out/$role/checkpoint.safetensors" "$steps" <<'PYTHON'
 import sys
 from safetensors import safe_open
@@ -53,13 +76,20 @@ if step < int(sys.argv[2]):
     sys.exit(f"step {step} of {sys.argv[2]}: run the script again to go on")
 PYTHON
 }
-drafter first "${FIRST_STEPS:-30000}"
-drafter second "${SECOND_STEPS:-30000}" --first "$out/first/best"
+if [ "${SIDE_BY_SIDE:-0}" = 1 ]; then # a core each: the second then learns from the prior alone
+    drafter second --prefix_base "${PREFIX_BASE:-0.8}" --on_policy 0 &
+    drafter first
+    wait $!
+else
+    drafter first
+    drafter second --prefix_base "${PREFIX_BASE:-0.8}" --first "$out/first/last"
+fi
 
 for role in first second; do
-    base=$([ "$role" = second ] && echo 0.9 || echo 0)
-    "$python" -m hf_d2sd.cli calibrate --target "$out/target" --data "$out/text" --drafter "$out/$role/best" \
-        --prefix_base "$base" --plot "$out/$role-calibration.png" >"$out/$role-calibration.json"
+    base=$([ "$role" = second ] && echo "${PREFIX_BASE:-0.8}" || echo 0)
+    "$python" -m hf_d2sd.cli calibrate --target "$out/target" --data "$out/text" "$out/passages" \
+        --drafter "$out/$role/last" --prefix_base "$base" --plot "$out/$role-calibration.png" \
+        >"$out/$role-calibration.json"
 done
-"$python" -m hf_d2sd.cli join --first "$out/first/best" --second "$out/second/best" --num_branches 2 --tree_budget 8 \
-    --out "$out/pair"
+"$python" -m hf_d2sd.cli join --first "$out/first/last" --second "$out/second/last" --num_branches 4 --tree_width 8 \
+    --tree_budget "${TREE_BUDGET:-32}" --out "$out/pair"
