@@ -270,7 +270,7 @@ class TreeCache(Cache):
         stacked = cls(caches[0].config)
         for layer, *parts in zip(stacked.layers, *(cache.layers for cache in caches)):
             longest = max(part.length for part in parts)
-            layer.update(*(_stack_rows(buffers, longest) for buffers in zip(*(part._buffers for part in parts))))
+            layer.update(*(_stack_rows(states, longest) for states in zip(*((p.keys, p.values) for p in parts))))
             layer.dropped = [dropped for part in parts for dropped in part.dropped]
             layer.set_lengths([length for part in parts for length in part.lengths])
         return stacked
@@ -320,9 +320,9 @@ class TreeCache(Cache):
                 plain.cumulative_length = total
 
 
-def _stack_rows(buffers: tuple[Tensor, ...], longest: int) -> Tensor:
-    """(rows of all, H, longest, D) of buffers of several lengths."""
-    return torch.cat([nn.functional.pad(b[:, :, :longest], (0, 0, 0, max(longest - b.shape[2], 0))) for b in buffers])
+def _stack_rows(states: tuple[Tensor, ...], longest: int) -> Tensor:
+    """(rows of all, H, longest, D) of keys or values of several lengths, zeros behind the shorter ones."""
+    return torch.cat([nn.functional.pad(part, (0, 0, 0, longest - part.shape[2])) for part in states])
 
 
 def _take_seen(layer: TreeLayer, plain: DynamicLayer, seen: Tensor, dropped: int) -> None:
