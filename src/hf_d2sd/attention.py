@@ -332,7 +332,7 @@ def choose(facts: Facts, forced: str | None) -> tuple[str, str]:
         if kernel.obstacle(facts) is None:
             logger.info(f"D²SD runs candidate trees with {kernel.name!r}: {kernel.describe}.")
             return kernel.name, kernel.describe
-    masked = own if own in ("sdpa", "eager") else "sdpa" if facts.supports_sdpa else "eager"
+    masked = own if own in MASKED else "eager" if facts.mask_obstacle("sdpa") else "sdpa"
     why = CPU.obstacle(facts) if facts.device.type == "cpu" else KERNELS["varlen"].obstacle(facts)
     logger.warning(f"D²SD runs candidate trees with {masked!r} attention and a mask over all keys: {why}.")
     return masked, f"with a mask over all keys, since {why}"

@@ -48,6 +48,8 @@ class Facts:
     def mask_obstacle(self, implementation: str) -> str | None:
         if implementation == "sdpa" and not self.supports_sdpa:
             return "the model has no SDPA attention"
+        if implementation == "sdpa" and self.softcap is not None and self.own_implementation != "sdpa":
+            return "SDPA has no soft-capping"
         return None
 
 
