@@ -6,7 +6,8 @@
 # FOLDER gets the target, the text, both runs, and the pair. Every stage goes on where it was stopped, so the script can
 # be killed and started again; with STOP_AFTER=9 each stage ends after nine minutes, and the script ends with it unless
 # the stage is done. The figures below are for a GPU, where all of it takes well under an hour. CPU=1 takes the smaller
-# ones that the pair in hub_cards/ was made with: about two hours on two cores with AMX, a process on each.
+# ones that the pair in hub_cards/ was made with: about two hours on two cores with AMX, a process on each. With
+# TEXT=examples/smollm2_text it learns from the text that is there, which took half of the time.
 set -euo pipefail
 out=${1:?usage: examples/train_smollm2.sh FOLDER}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -16,7 +17,7 @@ mkdir -p "$out"
 
 if [ "${CPU:-0}" = 1 ]; then
     : "${MAX_PROMPTS:=3500}" "${SELF_PROMPTS:=2400}" "${PASSAGES:=512}" "${BATCH_SIZE:=128}" "${WRITERS:=2}"
-    : "${STEPS:=5000}" "${ROWS:=8}" "${ANCHORS:=32}" "${COMPILE:=True}" "${FEATURES:=cache}" "${LOSS_CHUNK:=128}"
+    : "${STEPS:=3600}" "${ROWS:=8}" "${ANCHORS:=32}" "${COMPILE:=True}" "${FEATURES:=cache}" "${LOSS_CHUNK:=128}"
     : "${EVAL_EVERY:=2500}" "${SIDE_BY_SIDE:=1}"
     # One thread a process, and memory that the allocator keeps: without these a step takes up to twice as long.
     export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
@@ -40,21 +41,28 @@ fi
 text() {
     local folder=$1
     shift
-    local command=("$python" -m hf_d2sd.cli distill --target "$out/target" --out "$folder" --max_new_tokens 160 $stop "$@")
+    local report command=("$python" -m hf_d2sd.cli distill --target "$out/target" --out "$folder" --max_new_tokens 160)
+    command+=("$@" $stop)
     for _ in $(seq 2 "${WRITERS:-1}"); do "${command[@]}" >/dev/null & done
-    "${command[@]}"
+    report=$("${command[@]}")
     wait
+    [ "${WRITERS:-1}" = 1 ] || report=$("${command[@]}" --stop_after 0) # what the other writers had in hand counts too
+    echo "$report"
     # With ENOUGH=1 the text is what there is: the shards come in random order, so that any part is a fair sample.
-    [ "${ENOUGH:-0}" = 1 ] || [[ $("${command[@]}") == *'"missing_shards": 0'* ]] ||
+    [ "${ENOUGH:-0}" = 1 ] || [[ $report == *'"missing_shards": 0'* ]] ||
         { echo "shards are missing: run the script again to go on, or with ENOUGH=1 to do with what is there" >&2; exit 1; }
 }
-text "$out/text" --prompts "$here/prompts/instruct_train_prompts.jsonl" "$here/prompts/gsm8k_train_prompts.jsonl" \
-    --max_prompts "${MAX_PROMPTS:-8000}" --self_prompts "${SELF_PROMPTS:-60000}" --openings "$here/openings.txt" \
-    --max_prompt_tokens 400 --batch_size "${BATCH_SIZE:-512}"
-# Then prompts about passages of what it wrote.
-[ -f "$out/passages.jsonl" ] || "$python" "$here/passages.py" --target "$out/target" --data "$out/text" \
-    --count "${PASSAGES:-8000}" --out "$out/passages.jsonl"
-text "$out/passages" --prompts "$out/passages.jsonl" --max_prompt_tokens 700 --batch_size "$((${BATCH_SIZE:-512} / 2))"
+if [ -n "${TEXT:-}" ]; then # text that was written before: folders text/ and passages/
+    cp -rn "$TEXT/text" "$TEXT/passages" "$out/"
+else
+    text "$out/text" --prompts "$here/prompts/instruct_train_prompts.jsonl" "$here/prompts/gsm8k_train_prompts.jsonl" \
+        --max_prompts "${MAX_PROMPTS:-8000}" --self_prompts "${SELF_PROMPTS:-60000}" --openings "$here/openings.txt" \
+        --max_prompt_tokens 400 --batch_size "${BATCH_SIZE:-512}"
+    # Then prompts about passages of what it wrote.
+    [ -f "$out/passages.jsonl" ] || "$python" "$here/passages.py" --target "$out/target" --data "$out/text" \
+        --count "${PASSAGES:-8000}" --out "$out/passages.jsonl"
+    text "$out/passages" --prompts "$out/passages.jsonl" --max_prompt_tokens 700 --batch_size "$((${BATCH_SIZE:-512} / 2))"
+fi
 
 # drafter ROLE [OPTION...]
 drafter() {
