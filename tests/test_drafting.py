@@ -127,6 +127,16 @@ class TestOneDraft:
                 assert_reads(branches.tokens[0, row], branches.confidence[0, row], logits)
 
     @torch.no_grad()
+    def test_the_head_reads_all_tokens_as_one_matrix(self, kind):
+        """For a view with gaps a linear layer copies its weight once a block: slower than the drafter itself."""
+        drafter = drafter_of(tiny_drafter(GAMMA, **KINDS[kind]))
+        drafter.extend(part(features_of(20), 0, 9), [9])
+        seen, head = [], drafter._head
+        drafter._head = lambda hidden: seen.append(hidden) or head(hidden)
+        drafter.redraft(torch.tensor([6]), torch.tensor([[3, 9, 4, 12]]), torch.tensor([[2, 0, 1]]), GAMMA)
+        assert [(hidden.shape[:2], hidden.is_contiguous()) for hidden in seen] == [((1, 3 * (GAMMA - 1)), True)]
+
+    @torch.no_grad()
     def test_what_is_drafted_leaves_no_trace_in_the_context(self, kind):
         model, hidden = tiny_drafter(GAMMA, **KINDS[kind]), features_of(20)
         drafter = drafter_of(model)

@@ -163,8 +163,10 @@ class Drafter:
             self._run = compiler(self.model)
         if self._run is not self.model:  # CUDA graphs write their next results to the same place
             hidden = hidden.clone()
-        hidden = hidden.view(rows, count, block_size, -1)[:, :, 1:]
-        return self._read(self._head(hidden.to(self._head_dtype)), blocks.device)
+        hidden = hidden.view(rows * count, block_size, -1)[:, 1:]
+        # One row of tokens, side by side: for a view with gaps a linear layer may copy its weight for every block.
+        logits = self._head(hidden.reshape(1, -1, hidden.shape[-1]).to(self._head_dtype))
+        return self._read(logits.view(rows, count, block_size - 1, -1), blocks.device)
 
     def _block_nodes(self, rows: int, count: int, block_size: int) -> Nodes:
         shape = rows, count, block_size
