@@ -1,6 +1,6 @@
 """Acceptance and speed against branches K, the node budget and the tree's width, to choose a pair's defaults.
 
-    python benchmarks/budgets.py --prompts PROMPTS.jsonl --dtype float32 --cases 0:none 4:8 0:16:8 4:32:8 --out FILE.json
+    python benchmarks/budgets.py --prompts PROMPTS.jsonl --dtype float32 --cases 0:none 0:16:8 4:32:8 --out FILE.json
 
 A case is K:budget, or K:budget:width for wide trees.
 Every prompt is answered by plain `generate` and by each case in turn, so that a busy machine slows all alike. Use
