@@ -100,4 +100,4 @@ for role in first second; do
         >"$out/$role-calibration.json"
 done
 "$python" -m hf_d2sd.cli join --first "$out/first/last" --second "$out/second/last" --num_branches 4 --tree_width 8 \
-    --tree_budget "${TREE_BUDGET:-32}" --out "$out/pair"
+    --tree_budget "${TREE_BUDGET:-16}" --out "$out/pair"
