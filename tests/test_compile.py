@@ -166,3 +166,17 @@ def draw_choices(tokens, parents, generator):
         if len(children) and torch.rand((), generator=generator) < 0.85:
             choices[node] = tokens[children[torch.randint(len(children), (), generator=generator)]]
     return choices
+
+
+def test_wide_trees_are_compiled_once_too(pair):
+    """Trees of the likeliest paths, equal to plain `generate`."""
+    options = dict(assistant_model=pair, d2sd_tree_width=3, d2sd_tree_budget=14, d2sd_num_branches=2)
+    generate("llama", 5, **options)
+    generate("llama", 5, 12, **options)
+    first = graphs()
+    for seed in range(6):
+        length = 3 + 7 * seed
+        plain = generate("llama", length)
+        assert generate("llama", length, **options).tolist() == plain.tolist()
+        assert max(pair.last_stats.tree_sizes) <= 14
+    assert graphs() == first
