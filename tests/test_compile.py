@@ -180,3 +180,15 @@ def test_wide_trees_are_compiled_once_too(pair):
         assert generate("llama", length, **options).tolist() == plain.tolist()
         assert max(pair.last_stats.tree_sizes) <= 14
     assert graphs() == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [{}, dict(d2sd_tree_width=3, d2sd_tree_budget=14)])
+def test_torchs_own_compiler_gives_the_same_text(wide):
+    torch._dynamo.reset()
+    pair = D2SDAssistant.from_drafters(tiny_drafter(4), tiny_drafter(6, seed=1))
+    pair.compile()
+    for length in (5, 12, 20):
+        options = dict(assistant_model=pair, **wide)
+        assert generate("llama", length, 24, **options).tolist() == generate("llama", length, 24).tolist()
+    torch._dynamo.reset()
