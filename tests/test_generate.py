@@ -419,6 +419,34 @@ class TestStats:
         assert all(stats.accepted_per_depth[d] <= stats.offered_per_depth[d] for d in stats.accepted_per_depth)
         assert stats.prompt_tokens == prompt().shape[1] == out.shape[1] - NEW
 
+    @pytest.mark.parametrize("options", [{}, {"d2sd_tree_width": 3, "d2sd_tree_budget": 12}])
+    def test_a_trace_tells_every_tree_and_what_became_of_it(self, pair, options):
+        out = ours(pair, d2sd_trace=True, **options)
+        trace, prompt_length = pair.last_stats.trace, prompt().shape[1]
+        generated = out[0, prompt_length:].tolist()
+        assert [token for cycle in trace for token in cycle.emitted] == generated[1:]
+        assert [len(cycle.tokens) for cycle in trace] == pair.last_stats.tree_sizes
+        anchor = generated[0]
+        for cycle in trace:
+            assert (cycle.row, cycle.tokens[0], cycle.parents[0], cycle.sources[0]) == (0, anchor, -1, "target")
+            assert [cycle.tokens[node] for node in cycle.path[1:]] == cycle.emitted[:-1]
+            assert all(cycle.parents[after] == before for before, after in zip(cycle.path, cycle.path[1:]))
+            assert all(0 <= confidence <= 1 + 1e-5 for confidence in cycle.confidences)
+            anchor = cycle.emitted[-1]
+
+    def test_nothing_is_traced_unless_asked_for(self, pair):
+        ours(pair)
+        assert pair.last_stats.trace is None
+
+    def test_a_batch_is_traced_row_by_row(self, pair):
+        inputs = torch.cat([prompt(), prompt().flip(1)])
+        out = tiny_target().generate(
+            inputs, do_sample=False, max_new_tokens=NEW, assistant_model=pair, d2sd_trace=True
+        )
+        for row in range(2):
+            emitted = [t for cycle in pair.last_stats.trace if cycle.row == row for t in cycle.emitted]
+            assert emitted == out[row, inputs.shape[1] + 1 :][: len(emitted)].tolist() and len(emitted) == NEW - 1
+
     def test_sources_tell_first_from_second(self, monkeypatch):
         pair = tiny_assistant(4, 6)
         OracleDrafts(monkeypatch, plain()[0], 1.0)

@@ -11,7 +11,7 @@ if Version(transformers.__version__) < Version("5.20"):
 
 from .integration import bind, tokenizer_fingerprint
 from .modeling import D2SDAssistant, D2SDConfig, D2SDDrafterConfig, D2SDDrafterModel
-from .stats import D2SDStats
+from .stats import Cycle, D2SDStats
 
 __version__ = "0.1.0"
 
@@ -20,6 +20,7 @@ for _config, _model in ((D2SDDrafterConfig, D2SDDrafterModel), (D2SDConfig, D2SD
     AutoModel.register(_config, _model, exist_ok=True)
 
 __all__ = [
+    "Cycle",
     "D2SDAssistant",
     "D2SDConfig",
     "D2SDDrafterConfig",

@@ -112,6 +112,8 @@ def decode(
                 for node in path:
                     chooser.record.add_hidden_states(step.hidden_states, at, node)
                 stats.add_cycle(path, *rows[at][1:5])
+                if stats.trace is not None and path:
+                    stats.add_trace(target.rows[at], rows[at][:5], trees.scores[at].tolist(), path, emitted[at])
             emit(emitted[0])
             anchors = [row[-1] if row else before for row, before in zip(emitted, tokens)]
             tokens = leave(target, drafters, choosers, anchors)

@@ -29,6 +29,7 @@ _OPTIONS = (
     "d2sd_branch_source",
     "d2sd_attention_backend",
     "d2sd_compile",
+    "d2sd_trace",
 )
 _PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
 
@@ -227,7 +228,11 @@ def assisted_decode(
         bool(generation_config.do_sample),
         lambda: _empty_record(generation_config),
     )
-    stats = D2SDStats(prompt_tokens=sum(prompt.counts), attention_backend=str(worker.attention))
+    stats = D2SDStats(
+        prompt_tokens=sum(prompt.counts),
+        attention_backend=str(worker.attention),
+        trace=[] if generation_config.d2sd_trace else None,
+    )
     assistant.last_stats = stats
 
     def emit(tokens: list[int]) -> None:
@@ -282,18 +287,22 @@ def decoding_options(assistant: D2SDAssistant, generation_config: GenerationConf
     """
     config = assistant.config
     first, second = config.first.block_size, config.second.block_size if config.second is not None else None
-    num_branches, tree_budget, tree_width, block_size, branch_source, backend, compiled = (
-        getattr(generation_config, name, None) for name in _OPTIONS
-    )
+    given = {name: getattr(generation_config, name, None) for name in _OPTIONS}
+
+    def either(name: str, default):
+        value = given[f"d2sd_{name}"]
+        return default if value is None else value
+
+    block_size = either("block_size", first)
     options = DecodingOptions(
-        num_branches=config.num_branches if num_branches is None else num_branches,
-        tree_budget=config.tree_budget if tree_budget is None else tree_budget,
-        block_size=first if block_size is None else block_size,
-        second_block_size=(second or first) - (first - block_size if block_size is not None else 0),
-        attention_backend=backend,
-        tree_width=config.tree_width if tree_width is None else tree_width,
-        branch_source="second" if branch_source is None else branch_source,
-        compiler=_compiler(assistant, compiled),
+        num_branches=either("num_branches", config.num_branches),
+        tree_budget=either("tree_budget", config.tree_budget),
+        block_size=block_size,
+        second_block_size=(second or first) - (first - block_size),
+        tree_width=either("tree_width", config.tree_width),
+        branch_source=either("branch_source", "second"),
+        attention_backend=given["d2sd_attention_backend"],
+        compiler=_compiler(assistant, given["d2sd_compile"]),
     )
     if options.block_size > first:
         raise ValueError(f"d2sd_block_size is {options.block_size}; the first drafter was made for at most {first}.")

@@ -1,11 +1,32 @@
 """Counts of one `generate` call, taken from what the walk has on the host anyway: no synchronisation of their own."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 from .tree import FROM_FIRST, FROM_SECOND, FROM_TARGET
 
 _SOURCE_NAMES = {FROM_TARGET: "target", FROM_FIRST: "first", FROM_SECOND: "second"}
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One row's tree and what became of it; its N nodes are those of a `CandidateTree`, fillers left out."""
+
+    row: int  # of the batch
+    tokens: list[int]  # (N,)
+    parents: list[int]  # (N,), -1 for the anchor
+    depths: list[int]  # (N,)
+    scores: list[float]  # (N,), log of the estimated probability that the node is reached
+    ranks: list[int]  # (N,), which draft wrote it: 0 the first, 1.. the branches
+    sources: list[str]  # (N,), first, second or target
+    path: list[int]  # (A,), the accepted nodes, anchor first
+    emitted: list[int]  # (A,), the tokens they led to, the bonus last
+
+    @property
+    def confidences(self) -> list[float]:
+        """(N,), each node's estimated probability, given its parent; 1 for the anchor."""
+        return [math.exp(s - self.scores[p]) if p >= 0 else 1.0 for s, p in zip(self.scores, self.parents)]
 
 
 @dataclass
@@ -26,6 +47,7 @@ class D2SDStats:
     accepted_per_depth: Counter[int] = field(default_factory=Counter)  # cycles whose path did
     branch_hits: Counter[int] = field(default_factory=Counter)  # accepted tokens by rank: 0 first block, 1.. branches
     attention_backend: str = ""
+    trace: list[Cycle] | None = None  # with `d2sd_trace=True` every cycle's tree
 
     @property
     def new_tokens(self) -> int:
@@ -68,6 +90,13 @@ class D2SDStats:
         self.accepted_per_depth.update(depths[node] for node in accepted)
         self.branch_hits.update(ranks[node] for node in accepted)
         self.token_sources += [_SOURCE_NAMES[sources[node]] for node in accepted] + [_SOURCE_NAMES[FROM_TARGET]]
+
+    def add_trace(self, row: int, columns: list[list[int]], scores: list[float], path: list[int], emitted: list[int]):
+        """One row's cycle. `columns`: (5, N or more), its tree's tokens, parents, depths, ranks and sources."""
+        size = 1 + sum(parent >= 0 for parent in columns[1])
+        tokens, parents, depths, ranks, sources = (column[:size] for column in columns)
+        names = [_SOURCE_NAMES[source] for source in sources]
+        self.trace.append(Cycle(row, tokens, parents, depths, scores[:size], ranks, names, path, emitted))
 
     def __str__(self) -> str:
         return (
