@@ -419,9 +419,11 @@ class TestStats:
         assert all(stats.accepted_per_depth[d] <= stats.offered_per_depth[d] for d in stats.accepted_per_depth)
         assert stats.prompt_tokens == prompt().shape[1] == out.shape[1] - NEW
 
-    @pytest.mark.parametrize("options", [{}, {"d2sd_tree_width": 3, "d2sd_tree_budget": 12}])
-    def test_a_trace_tells_every_tree_and_what_became_of_it(self, pair, options):
-        out = ours(pair, d2sd_trace=True, **options)
+    def test_a_trace_of_wide_trees(self):
+        self.test_a_trace_tells_every_tree_and_what_became_of_it(tiny_assistant(4, 6), 3, 12)
+
+    def test_a_trace_tells_every_tree_and_what_became_of_it(self, pair, width=1, budget=None):
+        out = ours(pair, d2sd_trace=True, d2sd_tree_width=width, d2sd_tree_budget=budget)
         trace, prompt_length = pair.last_stats.trace, prompt().shape[1]
         generated = out[0, prompt_length:].tolist()
         assert [token for cycle in trace for token in cycle.emitted] == generated[1:]
