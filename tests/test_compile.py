@@ -168,9 +168,10 @@ def draw_choices(tokens, parents, generator):
     return choices
 
 
-def test_wide_trees_are_compiled_once_too(pair):
-    """Trees of the likeliest paths, equal to plain `generate`."""
-    options = dict(assistant_model=pair, d2sd_tree_width=3, d2sd_tree_budget=14, d2sd_num_branches=2)
+@pytest.mark.parametrize("shape", [dict(d2sd_tree_width=3, d2sd_tree_budget=14), dict(d2sd_levels=3)])
+def test_wide_and_deep_trees_are_compiled_once_too(pair, shape):
+    """Trees of the likeliest paths, and of three levels, equal to plain `generate`."""
+    options = dict(assistant_model=pair, d2sd_num_branches=2, **shape)
     generate("llama", 5, **options)
     generate("llama", 5, 12, **options)
     first = graphs()
@@ -178,7 +179,7 @@ def test_wide_trees_are_compiled_once_too(pair):
         length = 3 + 7 * seed
         plain = generate("llama", length)
         assert generate("llama", length, **options).tolist() == plain.tolist()
-        assert max(pair.last_stats.tree_sizes) <= 14
+        assert max(pair.last_stats.tree_sizes) <= shape.get("d2sd_tree_budget", 26)
     assert graphs() == first
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from .acceptance import greedy_paths, walk
 from .choosing import Chooser, Choosers
 from .drafting import Draft, Drafter
-from .expansion import count_nodes, expand, likeliest_paths
-from .prefixes import select_prefix_lengths
+from .expansion import Paths, count_nodes, expand, likeliest_paths
+from .prefixes import select_deeper_prefixes, select_prefix_lengths
 from .stats import D2SDStats
 from .target import Target, TargetPass
-from .tree import CandidateTree
+from .tree import Branches, CandidateTree
 
 BRANCH_SOURCES = ("second", "samples")
 
@@ -31,13 +31,15 @@ class DecodingOptions:
     tree_budget: int | None  # nodes in a tree, anchor included, at least 1; None: no limit
     block_size: int  # γ, at least 2
     second_block_size: int  # γ₂, at least γ
+    levels: int = 2  # drafts one after the other: from 3 on the second drafter goes on after its own re-drafts
     tree_width: int = 1  # W, how many tokens of a draft may stand at one place of the tree; at least 1
     branch_source: str = "second"  # who writes the branches, one of BRANCH_SOURCES
     attention_backend: str | None = None  # a name of `hf_d2sd.attention`; `None`: the fastest that can run
     compiler: Callable | None = None  # what makes a function a compiled one; then all shapes are fixed
 
     def __post_init__(self):
-        for name, least in (("num_branches", 0), ("tree_budget", 1), ("block_size", 2), ("tree_width", 1)):
+        leasts = {"num_branches": 0, "tree_budget": 1, "block_size": 2, "levels": 2, "tree_width": 1}
+        for name, least in leasts.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise ValueError(f"d2sd_{name} is {value!r}; it must be an integer of at least {least}.")
@@ -52,6 +54,12 @@ class DecodingOptions:
             raise ValueError(
                 f"d2sd_branch_source is {self.branch_source!r} and d2sd_tree_width is {self.tree_width}: a tree of "
                 "the likeliest tokens has no use for samples. Set d2sd_tree_width to 1."
+            )
+        if self.levels > 2 and (self.tree_width > 1 or not self.redrafts):
+            raise ValueError(
+                f"d2sd_levels is {self.levels}: a level more is for re-drafts of the second drafter in trees of width "
+                f"1; here d2sd_num_branches is {self.num_branches}, d2sd_branch_source is {self.branch_source!r} and "
+                f"d2sd_tree_width is {self.tree_width}."
             )
 
     @property
@@ -70,7 +78,7 @@ class DecodingOptions:
         if self.tree_width > 1:
             return count_nodes(self.tree_budget, self.tree_width, self.depth)
         branches = min(self.num_branches, self.block_size, self.depth)
-        every = 1 + self.depth * (branches + 1)
+        every = 1 + self.depth * (1 + branches * (self.levels - 1))
         return every if self.tree_budget is None else min(self.tree_budget, every)
 
 
@@ -218,8 +226,7 @@ def grow_tree(
     tokens, confidence = draft.tokens[:, 0], draft.confidence[:, 0]
     branches = None
     if options.redrafts:
-        prefix_lengths = select_prefix_lengths(confidence, options.num_branches, options.second_block_size)
-        branches = drafters[1].redraft(anchors, tokens, prefix_lengths, options.second_block_size)
+        branches = redraft(anchors, tokens, confidence, drafters[1], options)
     elif options.num_branches:
         prefix_lengths = select_prefix_lengths(confidence, options.num_branches, options.block_size)
         branches = drafters[0].sample_branches(draft, prefix_lengths)
@@ -232,6 +239,26 @@ def grow_tree(
         max_depth=max_depth,
         fixed_size=fixed or anchors.device.type == "cuda",
     )
+
+
+def redraft(
+    anchors: Tensor, tokens: Tensor, confidence: Tensor, second: Drafter, options: DecodingOptions
+) -> Branches:
+    """The second drafter's branches after prefixes of the first block (B, γ-1); then, level by level, after its own."""
+    size = options.second_block_size
+    prefix_lengths = select_prefix_lengths(confidence, options.num_branches, size)
+    branches = second.redraft(anchors, tokens, prefix_lengths, size)
+    if options.levels == 2:
+        return branches
+    kept, latest = prefix_lengths, branches.whole(tokens[:, None], confidence[:, None])
+    branches = latest
+    for _ in range(options.levels - 2):
+        owner, kept = select_deeper_prefixes(latest.tokens, latest.confidence, kept, kept.shape[1], size)
+        parents = [x.gather(1, owner[..., None].expand_as(x)) for x in (latest.tokens, latest.confidence)]
+        draft = second.redraft_paths(anchors, Paths(parents[0], kept), size)
+        latest = Branches(kept, draft.tokens, draft.confidence).whole(*parents)
+        branches = branches.followed_by(latest)
+    return branches
 
 
 def grow_wide_tree(

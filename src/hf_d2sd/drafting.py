@@ -219,15 +219,17 @@ class DraftContext:
         if starts != self.positions:
             self.cache.reset()
             self.waiting = ()
-        self.waiting += ((features, counts),)
+        self.waiting = (*(part for part in self.waiting if part[0].shape[1]), (features, counts))
         self.positions = positions
 
     def take(self) -> tuple[Tensor, list[int]]:
         """The features (B, C, F) that are waiting, which the caller puts in the cache; by row, how many are its own.
 
-        C is at least 1.
+        C is 0 for a drafter that drafts twice in a cycle.
         """
-        parts, self.waiting = self.waiting, ()
+        parts = self.waiting
+        rows, _, size = parts[0][0].shape
+        self.waiting = ((parts[0][0].new_empty(rows, 0, size), [0] * rows),)
         if all(min(counts) == features.shape[1] for features, counts in parts[:-1]):
             width = sum(features.shape[1] for features, _ in parts[:-1])
             features = parts[0][0] if len(parts) == 1 else torch.cat([features for features, _ in parts], dim=1)

@@ -38,3 +38,32 @@ def select_prefix_lengths(confidence: Tensor, num_branches: int, block_size: int
     """
     r = acceptance_distribution(confidence)[..., : block_size - 1]  # i ≤ γ₂ - 2 leaves position i+1 to draft
     return r.topk(min(num_branches, r.shape[-1])).indices
+
+
+def select_deeper_prefixes(
+    tokens: Tensor, confidence: Tensor, kept: Tensor, num_branches: int, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Of R re-drafts the K prefixes most likely to be all that is accepted: where another level drafts again.
+
+    For a re-draft r(i) counts beyond what it kept: a prefix of `kept` tokens was re-drafted already. A prefix that
+    several share counts once.
+
+    Args:
+        tokens, confidence: (B, R, D), whole drafts, kept tokens included.
+        kept: (B, R), how many of each draft's tokens it did not write.
+        num_branches: K, at most R.
+        block_size: γ₂ of the drafter that drafts again.
+
+    Returns:
+        Both (B, K): which draft the prefix is of, and its length; length 0 where fewer exist.
+    """
+    rows, drafts, depth = tokens.shape
+    r = acceptance_distribution(confidence)[..., : block_size - 1]  # (B, R, L), by length
+    length = torch.arange(r.shape[-1], device=r.device)
+    agree = (tokens[:, :, None] == tokens[:, None]).cumprod(-1).bool()  # (B, R, R, D): equal up to here
+    earlier = torch.ones(drafts, drafts, dtype=torch.bool, device=r.device).tril(-1)
+    repeated = torch.nn.functional.pad((agree & earlier[..., None]).any(2), (1, 0))[..., : r.shape[-1]]
+    r = r.masked_fill((length <= kept[..., None]) | repeated, -1.0)
+    best = r.flatten(1).topk(num_branches)
+    lengths = torch.where(best.values >= 0, best.indices % r.shape[-1], 0)
+    return best.indices // r.shape[-1], lengths

@@ -16,6 +16,23 @@ class Branches:
     tokens: Tensor  # (B, K, γ₂-1), at the kept positions whatever the drafter says
     confidence: Tensor  # (B, K, γ₂-1)
 
+    def whole(self, tokens: Tensor, confidence: Tensor) -> "Branches":
+        """The same with the kept tokens filled in, so that none are taken from the first block.
+
+        Args:
+            tokens, confidence: (B, 1 or K, D), the drafts that the prefixes are of.
+        """
+        size = min(tokens.shape[2], self.tokens.shape[2])
+        kept = torch.arange(size, device=tokens.device) < self.prefix_lengths[..., None]  # (B, K, size)
+        filled = [mine.clone() for mine in (self.tokens, self.confidence)]
+        for mine, its in zip(filled, (tokens, confidence)):
+            mine[..., :size] = torch.where(kept, its[..., :size], mine[..., :size])
+        return Branches(torch.zeros_like(self.prefix_lengths), *filled)
+
+    def followed_by(self, other: "Branches") -> "Branches":
+        fields = ((getattr(self, name), getattr(other, name)) for name in ("prefix_lengths", "tokens", "confidence"))
+        return Branches(*(torch.cat(pair, dim=1) for pair in fields))
+
 
 @dataclass(frozen=True)
 class Chains:
