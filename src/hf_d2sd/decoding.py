@@ -244,7 +244,7 @@ def grow_tree(
 def redraft(
     anchors: Tensor, tokens: Tensor, confidence: Tensor, second: Drafter, options: DecodingOptions
 ) -> Branches:
-    """The second drafter's branches after prefixes of the first block (B, γ-1); then, level by level, after its own."""
+    """The second drafter's branches after prefixes of the first block (B, γ-1), then level by level after its own."""
     size = options.second_block_size
     prefix_lengths = select_prefix_lengths(confidence, options.num_branches, size)
     branches = second.redraft(anchors, tokens, prefix_lengths, size)
