@@ -196,7 +196,8 @@ class Choosers:
         """Take the logits (B, N, V) of the rows that still choose; returns each node's greatest token (B, N)."""
         for chooser, row in zip(self.active, logits):
             chooser.look(row)
-        return logits.argmax(-1) if self.vectorised else logits.new_zeros(logits.shape[:2], dtype=torch.long)
+        # `max` finds the same token as `argmax`, the first of equals, and on a CPU in a fraction of its time.
+        return logits.max(-1).indices if self.vectorised else logits.new_zeros(logits.shape[:2], dtype=torch.long)
 
     def drop_finished(self) -> list[int]:
         """Let finished rows choose no more; returns which of those that did still do."""

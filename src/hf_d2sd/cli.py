@@ -12,6 +12,8 @@ COMMANDS = {
     "train": ("training.trainer", "TrainOptions", "train"),
     "calibrate": ("training.calibration", "CalibrateOptions", "calibrate"),
     "join": ("training.pair", "JoinOptions", "join"),
+    "bench": ("benchmark.run", "BenchOptions", "bench"),
+    "report": ("benchmark.report", "ReportOptions", "report_run"),
 }
 
 

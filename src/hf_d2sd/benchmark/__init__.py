@@ -1,0 +1,1 @@
+"""`hf-d2sd bench`: every strategy side by side in one run, and reports of it."""
