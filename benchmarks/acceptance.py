@@ -22,23 +22,23 @@ from equality import HERE, PAIR, chat_ids, read_prompts
 from smollm2 import load_smollm2
 
 import hf_d2sd
+from hf_d2sd.benchmark.strategies import Models, Strategy, all_strategies, find_strategy
 
-WHOLE = 10_000  # nodes: more than any tree has
 
-
-def strategies(args) -> dict[str, tuple[bool, dict]]:
-    """By name: whether the first drafter stands in for the second, and the options of `generate`."""
-    branches, wide = args.branches, dict(d2sd_tree_width=args.width, d2sd_tree_budget=args.nodes)
-    narrow = dict(d2sd_tree_width=1, d2sd_tree_budget=WHOLE)
-    return {
-        "first drafter alone": (False, dict(d2sd_num_branches=0, **narrow)),
-        "+ resampled branches": (False, dict(d2sd_num_branches=branches, d2sd_branch_source="samples", **narrow)),
-        "first drafter reused as second": (True, dict(d2sd_num_branches=branches, **narrow)),
-        "D²SD as in the paper": (False, dict(d2sd_num_branches=branches, **narrow)),
-        "wide tree, first drafter alone": (False, dict(d2sd_num_branches=0, **wide)),
-        "wide tree, first drafter reused": (True, dict(d2sd_num_branches=branches, **wide)),
-        "wide tree, D²SD": (False, dict(d2sd_num_branches=branches, **wide)),
+def strategies(args) -> dict[str, Strategy]:
+    """By the words of the table."""
+    known, wide = all_strategies(args.branches, args.width, args.nodes), f"width={args.width},budget={args.nodes}"
+    names = {
+        "first drafter alone": "dflash",
+        "+ resampled branches": "resample",
+        "first drafter reused as second": "reuse",
+        "D²SD as in the paper": "d2sd",
+        "+ a third level": "d2sd-3",
+        "wide tree, first drafter alone": "ddtree",
+        "wide tree, first drafter reused": f"reuse:{wide}",
+        "wide tree, D²SD": "d2sd-wide",
     }
+    return {words: find_strategy(name, known) for words, name in names.items()}
 
 
 def batches(args, tokenizer) -> list[tuple[str, str, list[str], list[list[int]]]]:
@@ -78,28 +78,26 @@ def measure(args) -> None:
     """Write a row for each batch and strategy: committed tokens, target passes and nodes."""
     dtype = getattr(torch, args.dtype)
     target, tokenizer = load_smollm2(dtype)
-    pair = hf_d2sd.D2SDAssistant.from_pretrained(args.pair, dtype=dtype)
-    reused = hf_d2sd.D2SDAssistant.from_drafters(pair.first, pair.first)
+    models = Models(hf_d2sd.D2SDAssistant.from_pretrained(args.pair, dtype=dtype))
     path = args.out.with_name(f"{args.out.stem}{f'-{args.part}' if args.parts > 1 else ''}.jsonl")
     known = {(row["keys"][0], row["strategy"]) for row in read_rows(args.out)}
     todo = batches(args, tokenizer)[args.part :: args.parts]
     for number, (file, task, keys, prompts) in enumerate(todo, 1):
         inputs = left_padded(prompts, target.generation_config.eos_token_id)
-        for strategy, (is_reused, options) in strategies(args).items():
-            if (keys[0], strategy) in known:
+        for name, strategy in strategies(args).items():
+            if (keys[0], name) in known:
                 continue
-            assistant = reused if is_reused else pair
+            arguments = strategy.generate_arguments(models)
             target.generate(
                 **inputs,
-                assistant_model=assistant,
                 do_sample=False,
                 max_new_tokens=args.max_new_tokens,
                 pad_token_id=target.generation_config.eos_token_id,
-                **options,
+                **arguments,
             )
-            stats = assistant.last_stats
+            stats = arguments["assistant_model"].last_stats
             tokens, passes = sum(stats.committed_per_cycle), len(stats.committed_per_cycle)
-            row = {"file": file, "task": task, "keys": keys, "strategy": strategy, "tokens": tokens, "passes": passes}
+            row = {"file": file, "task": task, "keys": keys, "strategy": name, "tokens": tokens, "passes": passes}
             with open(path, "a", encoding="utf-8") as out:
                 out.write(json.dumps({**row, "nodes": sum(stats.tree_sizes)}, ensure_ascii=False) + "\n")
         print(f"{number}/{len(todo)}", flush=True)

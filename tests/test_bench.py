@@ -306,7 +306,8 @@ class TestReports:
         frame = f'<iframe id="f" style="{style}" srcdoc="{html.escape(page, quote=True)}"></iframe>'
         script = (
             "<script>onload = () => { const d = f.contentDocument;"
-            " document.title = `${d.documentElement.scrollWidth} ${d.querySelectorAll('figure svg').length}`; }</script>"
+            " const drawn = d.querySelectorAll('figure svg').length;"
+            " document.title = `${d.documentElement.scrollWidth} ${drawn}`; }</script>"
         )
         (tmp_path / "frame.html").write_text(
             f"<!doctype html><body style='margin:0'>{frame}{script}", encoding="utf-8"
