@@ -208,10 +208,25 @@ class TestRuns:
             assert not cell["same"] and cell["parts"]["at"] == plain["tokens"] - 1 and cell["parts"]["gap"] > 0
 
     @pytest.mark.slow
-    def test_the_compiled_baseline_answers_alike_without_compiling_for_each_prompt(self, models, prompts, tmp_path):
+    @pytest.mark.parametrize("name", ["ar-compiled", "d2sd-wide:compile=1"])
+    def test_what_is_compiled_answers_alike_and_is_compiled_before_the_clock_runs(
+        self, models, tmp_path, name, monkeypatch
+    ):
         torch._dynamo.reset()
-        bench(options(models, prompts, tmp_path / "run", strategies=["ar-compiled"], probes=0))
-        assert all(row["strategies"]["ar-compiled"]["same"] for row in read_rows(tmp_path / "run" / ROWS))
+        lengths = (5, 200, 3, 230)
+        rows = [{"id": str(n), "turns": [" ".join("abcdefg"[i % 7] for i in range(n))]} for n in lengths]
+        graphs = []
+        stock = running.Runner.measure_round
+
+        def counted(runner, entry):
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            return stock(runner, entry)
+
+        monkeypatch.setattr(running.Runner, "measure_round", counted)
+        file = write_lines(tmp_path / "suite.jsonl", rows)
+        bench(options(models, file, tmp_path / "run", strategies=[name], probes=0))
+        assert graphs[0] > 0 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[0]
+        assert all(row["strategies"][name]["same"] for row in read_rows(tmp_path / "run" / ROWS))
 
 
 class Page(html.parser.HTMLParser):

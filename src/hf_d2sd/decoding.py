@@ -186,8 +186,7 @@ def fixed_shapes(target: Target, drafters: list[Drafter], choosers: Choosers, op
     if choosers.rooms is None:
         raise ValueError("Compiled decoding needs a limit: pass max_new_tokens or max_length.")
     choosers.keeps_finished = True
-    longest = max(target.cache.lengths) + max(choosers.rooms) + options.depth + 1
-    capacity = next(size for size in (*(256 * 2**i for i in range(5)), -(-longest // 4096) * 4096) if size >= longest)
+    capacity = buffer_size(max(target.cache.lengths) + max(choosers.rooms) + options.depth + 1)
     workers = (target, *drafters)
     try:
         target.fix(capacity, options.tree_size, options.compiler)
@@ -197,6 +196,11 @@ def fixed_shapes(target: Target, drafters: list[Drafter], choosers: Choosers, op
     finally:
         for worker in workers:
             worker.unfix()
+
+
+def buffer_size(tokens: int) -> int:
+    """The fixed size of a cache for so many: one of a few, so that few graphs are compiled."""
+    return next(size for size in (*(256 * 2**i for i in range(5)), -(-tokens // 4096) * 4096) if size >= tokens)
 
 
 def leave(target: Target, drafters: list[Drafter], choosers: Choosers, tokens: list[int]) -> list[int]:

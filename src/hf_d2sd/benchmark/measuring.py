@@ -58,7 +58,8 @@ def measure(target, strategy: Strategy, models: Models, input_ids: torch.Tensor,
     clock, passes = Clock(), []
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     arguments = {**options, **strategy.generate_arguments(models)}
-    with count_rows(target, passes) if strategy.counts_passes else contextlib.nullcontext():
+    # A hook on the target would end up in a compiled graph.
+    with contextlib.nullcontext() if strategy.compiled else count_rows(target, passes):
         synchronize(target.device)
         start = time.perf_counter()
         out = target.generate(**inputs, **arguments, streamer=clock)
@@ -71,8 +72,8 @@ def measure(target, strategy: Strategy, models: Models, input_ids: torch.Tensor,
         decode_seconds=end - first_at,
         first_tokens=clock.counts[0] if clock.counts else 0,
         steps=max(len(clock.counts) - 1, 0),
-        passes=len(passes) - 1 if strategy.counts_passes else None,
-        rows=sum(passes[1:]) if strategy.counts_passes else None,
+        passes=None if strategy.compiled else len(passes) - 1,
+        rows=None if strategy.compiled else sum(passes[1:]),
     )
 
 

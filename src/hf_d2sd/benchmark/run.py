@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_se
 from transformers.utils.logging import tqdm
 
 from .. import __version__
+from ..decoding import buffer_size
 from ..modeling import D2SDAssistant, D2SDConfig, D2SDDrafterModel
 from .measuring import Measurement, measure
 from .options import BenchOptions
@@ -22,6 +23,7 @@ from .probing import probe
 from .strategies import PLAIN, Models, Strategy, all_strategies
 from .suites import Prompt, chat_text, read_suites, refuse_too_long
 
+_DEEPEST = 16  # tokens that a tree may go beyond a text's end
 ROWS, PROBES, RUN = "rows.jsonl", "probes.jsonl", "run.json"
 
 
@@ -212,12 +214,15 @@ class Runner:
         return chosen
 
     def _warm_up(self) -> None:
-        """The longest prompt first: caches of a static size are then large enough for all others."""
-        first_turns = [entry for entry in self.rounds if entry.turn == 0]
-        longest = max((self.input_ids(entry) for entry in first_turns), key=lambda ids: ids.shape[1])
+        """A few tokens of each strategy; of a compiled one a whole answer for every size that its cache will have."""
+        prompts = sorted((self.input_ids(e) for e in self.rounds if e.turn == 0), key=lambda ids: -ids.shape[1])
+        by_size = {buffer_size(ids.shape[1] + self.options.max_new_tokens + _DEEPEST): ids for ids in prompts}
         for strategy in tqdm(self.strategies, desc="warm-up", disable=None):
-            new_tokens = self.options.max_new_tokens if not strategy.counts_passes else self.options.warmup_tokens
-            measure(self.target, strategy, self.models, longest, {**self._arguments(), "max_new_tokens": new_tokens})
+            # Longest first: a static cache of Transformers keeps the greatest size that it ever had.
+            for input_ids in [prompts[0], *by_size.values()] if strategy.compiled else prompts[:1]:
+                new_tokens = self.options.max_new_tokens if strategy.compiled else self.options.warmup_tokens
+                options = {**self._arguments(), "max_new_tokens": new_tokens}
+                measure(self.target, strategy, self.models, input_ids, options)
 
     def _arguments(self) -> dict:
         options = {"max_new_tokens": self.options.max_new_tokens, "do_sample": self.options.temperature > 0}

@@ -17,6 +17,7 @@ KEYS = {
     "width": "tree_width",
     "block": "block_size",
     "levels": "levels",
+    "compile": "compile",
 }
 
 
@@ -49,7 +50,7 @@ class Strategy:
     arguments: Callable[[Models, dict], dict]
     options: dict[str, int | str] = field(default_factory=dict)
     ours: bool = False  # decoded by this library's engine
-    counts_passes: bool = True  # a hook on the target would end up in a compiled graph
+    compiled: bool = False  # its passes run as compiled graphs
 
     def generate_arguments(self, models: Models) -> dict:
         return self.arguments(models, {f"d2sd_{name}": value for name, value in self.options.items()})
@@ -93,7 +94,7 @@ def all_strategies(num_branches: int = 4, width: int = WIDTH, budget: int = WIDE
     alone = {**chains, "num_branches": 0}
     listed = [
         Strategy(PLAIN, "plain generate, one token a pass", None, _stock()),
-        Strategy("ar-compiled", "plain, static cache, torch.compile", None, _compiled, counts_passes=False),
+        Strategy("ar-compiled", "plain, static cache, torch.compile", None, _compiled, compiled=True),
         Strategy("prompt-lookup", "Transformers: n-grams of the prompt", None, _stock(prompt_lookup_num_tokens=10)),
         Strategy("assisted", "Transformers: a small autoregressive draft LM", "draft_lm", _assisted),
         Strategy("dflash-native", "Transformers: the first drafter, one chain", "first", _native),
@@ -149,7 +150,7 @@ def find_strategy(text: str, known: dict[str, Strategy]) -> Strategy:
         if key not in KEYS or not value.isdigit():
             raise ValueError(f"{text!r}: {setting!r} must be KEY=NUMBER with a key of {', '.join(KEYS)}.")
         options[KEYS[key]] = int(value)
-    return replace(strategy, name=text, options=options)
+    return replace(strategy, name=text, options=options, compiled=bool(options.get("compile")))
 
 
 def grid(sweep: list[str], base: str = "d2sd-wide") -> list[str]:
