@@ -95,7 +95,8 @@ def options(models, prompts, out, **changes) -> BenchOptions:
 def result(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     sweep = ["budget=4,8", "K=0,2"]
-    bench(options(models, write_lines(folder / "suite.jsonl", PROMPTS), folder / "run", sweep=sweep))
+    file, names = write_lines(folder / "suite.jsonl", PROMPTS), [*FAST, "dflash:block=3"]
+    bench(options(models, file, folder / "run", strategies=names, sweep=sweep))
     return read_result(folder / "run"), folder / "run"
 
 
@@ -109,7 +110,7 @@ class TestRuns:
             ("suite", "3", 1),
         ]
         for row in rows:
-            assert set(row["strategies"]) == {*FAST, *grid(["budget=4,8", "K=0,2"])}
+            assert set(row["strategies"]) == {*FAST, "dflash:block=3", *grid(["budget=4,8", "K=0,2"])}
             assert all(cell["same"] for cell in row["strategies"].values())
 
     def test_tokens_steps_and_rows_are_those_of_the_strategy(self, result):
@@ -286,6 +287,7 @@ class TestReports:
         assert all(f"| {name} |" in text for name in FAST)
         assert str(result[1].parent) not in text and "/pair" not in text
         assert "The paper's ablations" in text and "The digest's headline" in text
+        assert f"| {GAMMA} (trained) |" in text and "| 3 |" in text
 
     def test_the_summary_says_what_the_rows_say(self, result):
         summary = json.loads((result[1] / "summary.json").read_text(encoding="utf-8"))

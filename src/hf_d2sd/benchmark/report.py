@@ -71,7 +71,7 @@ def _overall(result: Result) -> list:
 def all_tables(result: Result) -> list[Table]:
     """What there is to show, in order."""
     makers = (tables.overview, tables.by_group, tables.intervals, tables.equality, tables.stages, tables.ablation)
-    made = [maker(result) for maker in (*makers, tables.headline, tables.strategies)]
+    made = [maker(result) for maker in (*makers, tables.blocks, tables.headline, tables.strategies)]
     return [table for table in made if table is not None and table.rows]
 
 
