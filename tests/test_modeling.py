@@ -65,8 +65,8 @@ class TestSavingAndLoading:
 
     def test_the_folder_holds_safetensors_and_the_code(self, tmp_path):
         tiny_assistant(4, 6).save_pretrained(tmp_path)
-        names = {path.name for path in tmp_path.iterdir()}
-        assert names == {"config.json", "model.safetensors", "configuration_d2sd.py", "modeling_d2sd.py"}
+        code = {"configuration_d2sd.py", "formats_d2sd.py", "modeling_d2sd.py"}
+        assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"} | code
         auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
         assert auto_map == {"AutoConfig": "configuration_d2sd.D2SDConfig", "AutoModel": "modeling_d2sd.D2SDAssistant"}
 

@@ -11,7 +11,7 @@ import pytest
 from tiny import prompt, tiny_assistant, tiny_drafter, tiny_target
 
 ROOT = Path(__file__).resolve().parents[1]
-SAVED_FILES = ["config.json", "configuration_d2sd.py", "model.safetensors", "modeling_d2sd.py"]
+SAVED_FILES = ["config.json", "configuration_d2sd.py", "formats_d2sd.py", "model.safetensors", "modeling_d2sd.py"]
 WITHOUT_PACKAGE = """
     import sys
 
