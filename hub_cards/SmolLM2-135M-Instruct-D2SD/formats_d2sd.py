@@ -105,7 +105,8 @@ def translate_config(config: dict) -> dict:
         translated = _from_dflash(config)
     else:
         raise ValueError(f"No drafter's configuration: model_type is {config.get('model_type')!r}.")
-    return {name: value for name, value in translated.items() if value is not None} | {"model_type": "d2sd_drafter"}
+    said = {name: value for name, value in translated.items() if value is not None or name == "vocab_size"}
+    return said | {"model_type": "d2sd_drafter"}
 
 
 def _from_dflash(config: dict) -> dict:
