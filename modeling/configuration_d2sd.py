@@ -3,7 +3,7 @@
 
 from transformers import PreTrainedConfig
 
-from .formats_d2sd import MAX_BLOCK_SIZE, MAX_LAYERS, OWN, layout_of, translate_config
+from .formats_d2sd import MAX_BLOCK_SIZE, MAX_LAYERS, OWN, check_references, layout_of, translate_config
 
 FORMAT_VERSION = 1
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -24,11 +24,7 @@ class _CheckedConfig(PreTrainedConfig):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if cls.reads_other_layouts and layout_of(config_dict) not in (OWN, None):
             config_dict = translate_config(config_dict)
-        _require(
-            "transformers_weights" not in config_dict,
-            f"{pretrained_model_name_or_path} names a weights file in its config (transformers_weights="
-            f"{config_dict.get('transformers_weights')!r}), which a drafter's never does: do not use this checkpoint.",
-        )
+        check_references(pretrained_model_name_or_path, config_dict)
         model_type = config_dict.get("model_type")
         _require(
             model_type == cls.model_type,

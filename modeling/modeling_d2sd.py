@@ -27,6 +27,7 @@ from .configuration_d2sd import D2SDConfig, D2SDDrafterConfig
 from .formats_d2sd import (
     HUB_OPTIONS,
     OWN,
+    check_references,
     check_weights,
     drafter_shapes,
     find_weights,
@@ -140,7 +141,9 @@ class D2SDPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is None:
             return super().from_pretrained(None, *args, output_loading_info=output_loading_info, **kwargs)
         path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        layout = layout_of(PreTrainedConfig.get_config_dict(path, **hub)[0])
+        said = PreTrainedConfig.get_config_dict(path, **hub)[0]
+        check_references(path, said)  # also where an Auto class has read the configuration
+        layout = layout_of(said)
         if not isinstance(kwargs.get("config"), PreTrainedConfig):
             kwargs["config"], kwargs = cls._read_config(path, hub, kwargs)
         config = kwargs["config"]

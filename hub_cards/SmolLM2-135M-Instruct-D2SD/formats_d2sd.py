@@ -20,7 +20,7 @@ OWN, DFLASH, SPECULATORS, NATIVE = "d2sd", "dflash", "speculators", "muse_glimme
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 MAX_LAYERS, MAX_BLOCK_SIZE = 1024, 4096  # a config asking for more is damaged, whatever the weights are
 
-EXTRAS = ("confidence_temperatures", "tokenizer_fingerprint")
+EXTRAS = ("confidence_temperatures", "num_target_layers", "tokenizer_fingerprint")
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
 
 _KEPT = (  # keys that mean the same in Qwen3's configuration and in ours
@@ -90,6 +90,28 @@ def layout_of(config: dict) -> str | None:
     return DFLASH
 
 
+def check_references(path: str | os.PathLike, config: dict) -> None:
+    """Refuse a `config.json` that names files elsewhere than in its repository.
+
+    Raises:
+        ValueError: with the name.
+    """
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    values = [value for part in parts for value in (part.get("auto_map") or {}).values()]
+    names = [name for value in values for name in (value if isinstance(value, (list, tuple)) else [value]) if name]
+    strange = [name for name in names if not re.fullmatch(r"([\w.-]+/[\w.-]+--)?\w+\.\w+", str(name), re.ASCII)]
+    if strange:
+        raise ValueError(
+            f"auto_map names {strange[0]!r} in the config of {path}, which is no class in a file of a repository: do "
+            "not use this checkpoint."
+        )
+    if "transformers_weights" in config:
+        raise ValueError(
+            f"transformers_weights is {config['transformers_weights']!r} in the config of {path}; a drafter's weights "
+            "have their usual names: do not use this checkpoint."
+        )
+
+
 def translate_config(config: dict) -> dict:
     """From a `config.json` of another layout to the arguments of `D2SDDrafterConfig`.
 
@@ -131,7 +153,6 @@ def _from_dflash(config: dict) -> dict:
     return {
         **base,
         **_window(base["layer_types"], window),
-        **_extras(inner),
         "causal_layer_types": _causal(base["layer_types"], config, inner, causal_by_default),
         "block_size": value("block_size", 16),
         "mask_token_id": value("mask_token_id"),
@@ -141,6 +162,7 @@ def _from_dflash(config: dict) -> dict:
         "output_multiplier": value("output_multiplier", config.get("logit_scale")),
         "final_logit_softcapping": value("final_logit_softcapping") or None,
         "input_embedding_scale": value("input_embedding_scale"),
+        **_extras(inner),
     }
 
 
@@ -411,4 +433,6 @@ def _shortened(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + rest
 
 
-__all__ = ["check_weights", "drafter_shapes", "find_weights", "layout_of", "translate_config", "translate_tensors"]
+__all__ = [
+    "check_references",
+    "check_weights", "drafter_shapes", "find_weights", "layout_of", "translate_config", "translate_tensors"]
