@@ -435,4 +435,10 @@ def _shortened(names: list[str], most: int = 20) -> str:
 
 __all__ = [
     "check_references",
-    "check_weights", "drafter_shapes", "find_weights", "layout_of", "translate_config", "translate_tensors"]
+    "check_weights",
+    "drafter_shapes",
+    "find_weights",
+    "layout_of",
+    "translate_config",
+    "translate_tensors",
+]

@@ -387,6 +387,16 @@ class D2SDAssistant(D2SDPreTrainedModel):
         """Let later calls decode with tensors of fixed shapes, their passes compiled by `torch.compile(**options)`."""
         self.compile_options = options
 
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
+        """As `PreTrainedModel.save_pretrained`, and `custom_generate/`, by which a target decodes with this pair."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            folder = os.path.join(save_directory, "custom_generate")
+            os.makedirs(folder, exist_ok=True)
+            for name, text in CUSTOM_GENERATE.items():
+                with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+                    file.write(text)
+
     @classmethod
     def can_generate(cls) -> bool:
         return False
@@ -420,6 +430,17 @@ class D2SDAssistant(D2SDPreTrainedModel):
             raise ImportError(_ENGINE_MISSING) from error
         return assisted_decode(self, target, input_ids, *args, **kwargs)
 
+
+CUSTOM_GENERATE = {
+    "generate.py": """# Copyright 2026 The hf-d2sd authors. Licensed under the Apache License, Version 2.0.
+\"\"\"`target.generate(..., custom_generate=THIS_REPOSITORY, trust_remote_code=True)` decodes with this pair.\"\"\"
+
+from hf_d2sd.hub.generate import generate
+
+__all__ = ["generate"]
+""",
+    "requirements.txt": "hf-d2sd\n",
+}
 
 _ENGINE_MISSING = (
     "Decoding with a D2SDAssistant needs the package hf-d2sd: `pip install hf-d2sd`, then `import hf_d2sd` before "
