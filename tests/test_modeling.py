@@ -170,7 +170,7 @@ print(hf_d2sd.D2SDDrafterConfig().block_size)
         assert done.returncode == 0, done.stderr
         names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
         assert {"hf_d2sd/integration.py", "hf_d2sd/modeling/modeling_d2sd.py", "hf_d2sd/py.typed"} <= names
-        assert {"hf_d2sd/hub/export.py", "hf_d2sd/modeling/formats_d2sd.py"} <= names
+        assert {"hf_d2sd/hub/template.md", "hf_d2sd/modeling/formats_d2sd.py"} <= names
         assert not any(name.startswith(("tests", "modeling/")) for name in names)
 
 

@@ -15,6 +15,8 @@ COMMANDS = {
     "bench": ("benchmark.run", "BenchOptions", "bench"),
     "report": ("benchmark.report", "ReportOptions", "report_run"),
     "export": ("hub.export", "ExportOptions", "export"),
+    "card": ("hub.card", "CardOptions", "card"),
+    "push": ("hub.push", "PushOptions", "push"),
 }
 
 
