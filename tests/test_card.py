@@ -63,6 +63,33 @@ class TestCards:
         assert "| strategy | GSM8K | own_dev | mean | nodes a pass |\n|---|---|---|---|---|\n" in text
         assert "\n| first alone | 2.00 | 1.50 | 1.75 | 8.0 |\n| **D²SD** | 3.25 | 2.50 | 2.88 | 31.8 |\n" in text
 
+    def test_another_strategy_may_be_the_pairs_own(self, folder):
+        card = made(folder, strategy="first alone")
+        assert {entry.metric_value for entry in card.data.eval_results} == {2.0, 1.5}
+        assert "\n| **first alone** | 2.00 |" in card.text
+        with pytest.raises(ValueError, match="no strategy 'third'; it has first alone, D²SD"):
+            made(folder, strategy="third")
+
+    def test_the_summary_of_a_benchmark_is_read(self, folder):
+        """Suites without their tasks, the speed-up beside them, plain decoding left out."""
+
+        def cell(alpha, speed, rows):
+            return {"alpha": {"value": alpha}, "speed": {"value": speed}, "rows": rows}
+
+        def groups(alpha, speed, rows):
+            return {name: cell(alpha + i, speed, rows) for i, name in enumerate(("all", "gsm8k_dev", "gsm8k_dev: a"))}
+
+        cells = {"ar": groups(1.0, 1.0, 1.0), "d2sd": groups(2.5, 1.5, 26.0), "dflash": groups(1.5, 1.25, 8.0)}
+        environment = {"processor": "A processor"}
+        content = {"settings": {"dtype": "float32"}, "environment": environment, "cells": cells}
+        (folder / "summary.json").write_text(json.dumps(content))
+        text = made(folder, results=[folder / "summary.json"], strategy="d2sd").text
+        assert "dtype float32; A processor" in text
+        assert (
+            "| strategy | GSM8K | mean | speed-up | nodes a pass |\n|---|---|---|---|---|\n"
+            "| dflash | 2.50 | 1.50 | 1.25 | 8.0 |\n| **d2sd** | 3.50 | 2.50 | 1.50 | 26.0 |\n"
+        ) in text
+
     def test_the_drafters_are_described_by_their_files(self, folder):
         text = made(folder).text
         assert "|  | first | second |\n|---|---|---|\n| parameters | 0.0 million | 0.0 million |\n" in text

@@ -20,7 +20,7 @@ _SETS = {  # prompt files of the benchmarks: title, data set
     "humaneval": ("HumanEval", "openai/openai_humaneval"),
     "spec_bench": ("Spec-Bench", "spec-bench"),
 }
-_SUMMARY = {"mean of files": "mean", "nodes a pass": "nodes a pass"}
+_SUMMARY = {"mean of files": "mean", "speed-up": "speed-up", "nodes a pass": "nodes a pass"}
 
 
 @dataclass
@@ -32,6 +32,9 @@ class CardOptions:
     base_model: str = field(metadata={"help": "Hub id of the target"})
     repo: str | None = field(default=None, metadata={"help": "Hub id or folder that the card's code names"})
     results: list[Path] = field(default_factory=list, metadata={"help": "result files of the benchmarks, JSON"})
+    strategy: str | None = field(
+        default=None, metadata={"help": "the pair's own in the result files; default: the last"}
+    )
     details: Path | None = field(default=None, metadata={"help": "Markdown by hand: data, recipe, limits"})
     license: str = "apache-2.0"
     language: str = "en"
@@ -57,7 +60,7 @@ def card(options: CardOptions) -> dict:
     Raises:
         ValueError: for a folder without a drafter, or a result file that is none.
     """
-    results = [read_results(file) for file in options.results]
+    results = [read_results(file, options.strategy) for file in options.results]
     made = make_card(options, results)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     made.save(options.out)
@@ -133,25 +136,53 @@ def describe_drafters(folder: Path, config: D2SDConfig | D2SDDrafterConfig) -> l
     ]
 
 
-def read_results(file: Path) -> Results:
-    """A result file of the benchmarks: `strategies`, each with a number for each prompt file.
+def read_results(file: Path, strategy: str | None = None) -> Results:
+    """The summary of `hf-d2sd bench`, or a result file of `benchmarks/acceptance.py`.
+
+    Args:
+        strategy: which row is the pair's own; the last one by default.
 
     Raises:
-        ValueError: for a file without them.
+        ValueError: for a file without strategies, or without the named one.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        strategies = {name: dict(values) for name, values in content["strategies"].items()}
-        last = list(strategies.values())[-1]
+        strategies = _of_summary(content["cells"]) if "cells" in content else _of_acceptance(content["strategies"])
+        settings = content.get("settings", content)
+        about = [f"{key} {settings[key]}" for key in ("dtype", "max_new_tokens") if key in settings]
+        about += [content["environment"]["processor"]] if "environment" in content else []
+        last = list(strategies)[-1]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{file} is no result file with strategies: {error!r}.") from error
-    sets = [name for name in last if name.endswith("_dev")] or [name for name in last if name not in _SUMMARY]
-    shown = sorted(sets) + [name for name in _SUMMARY if name in last]
+    if (strategy or last) not in strategies:
+        raise ValueError(f"{file} has no strategy {strategy!r}; it has {', '.join(strategies)}.")
+    own = strategies.pop(strategy or last)
+    strategies[strategy or last] = own
+    suites = sorted(name for name in own if name not in _SUMMARY)
+    shown = suites + [name for name in _SUMMARY if name in own]
     rows = [(name, [_number(values.get(column), column) for column in shown]) for name, values in strategies.items()]
-    about = "; ".join(f"{key} {content[key]}" for key in ("dtype", "max_new_tokens") if key in content)
     columns = [_title(column) for column in shown]
-    own = {name: last[name] for name in sorted(sets)}
-    return Results(file.name, about.replace("_", " "), columns, rows, own)
+    return Results(file.name, "; ".join(about).replace("_", " "), columns, rows, {name: own[name] for name in suites})
+
+
+def _of_acceptance(strategies: dict) -> dict[str, dict[str, float]]:
+    """By strategy the numbers of each prompt file, and the summary's; tasks of a file are left out."""
+    wanted = {name for values in strategies.values() for name in values if name.endswith("_dev") or name in _SUMMARY}
+    return {
+        name: {key: value for key, value in values.items() if key in wanted} for name, values in strategies.items()
+    }
+
+
+def _of_summary(cells: dict) -> dict[str, dict[str, float]]:
+    """The same of a benchmark's cells, and the speed-up; plain decoding, of one token a pass, is left out."""
+    read = {}
+    for name, groups in cells.items():
+        suites = {group: cell["alpha"] for group, cell in groups.items() if group != "all" and ": " not in group}
+        every = groups["all"]
+        found = {**suites, "mean of files": every["alpha"], "speed-up": every["speed"]}
+        values = {key: estimate["value"] for key, estimate in found.items() if estimate is not None}
+        read[name] = values | ({"nodes a pass": every["rows"]} if every["rows"] is not None else {})
+    return {name: values for name, values in read.items() if name != "ar"}
 
 
 def _title(column: str) -> str:
