@@ -87,6 +87,13 @@ class TestPickles:
             D2SDAssistant.from_pretrained(repo)
         assert not (tmp_path / "ran").exists()
 
+    @pytest.mark.parametrize("name", ["mask_embedding.pt", "adapter_config.json"])
+    def test_that_a_drafter_would_lack_are_named(self, name, tmp_path):
+        (dflash(tmp_path) / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+        with pytest.raises(ValueError, match=f"has a file {name}"):
+            D2SDDrafterModel.from_pretrained(tmp_path)
+        assert not (tmp_path / "ran").exists()
+
     def test_are_not_read_on_demand(self, repo):
         with pytest.raises(ValueError, match="drop use_safetensors=False"):
             D2SDAssistant.from_pretrained(repo, use_safetensors=False)

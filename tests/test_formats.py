@@ -308,6 +308,17 @@ def test_the_shapes_that_are_expected_are_those_of_the_model():
         assert drafter_shapes(config) == shapes
 
 
+@pytest.mark.parametrize("options", [dict(dtype=torch.bfloat16), dict(device_map="cpu"), dict(block_size=4)], ids=str)
+def test_options_of_loading_hold_for_other_layouts_too(options, tmp_path):
+    model = load(dflash(tmp_path), **options)
+    assert model.dtype == options.get("dtype", torch.float32)
+    assert model.config.block_size == options.get("block_size", 5)
+    assert not model.training
+    model, info = load(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(model.fc.weight, weights()["fc.weight"])
+
+
 def test_a_drafter_that_was_read_is_saved_in_this_librarys_layout(tmp_path):
     model = load(speculators(tmp_path / "a", tensors=pruned_tensors(), draft_vocab_size=len(PRUNED)))
     model.save_pretrained(tmp_path / "b")

@@ -331,13 +331,23 @@ def drafter_shapes(config: PreTrainedConfig, prefix: str = "") -> dict[str, tupl
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
+_STRANGE_FILES = {
+    "adapter_config.json": "it is an adapter, whose base would be loaded from elsewhere",
+    "mask_embedding.pt": "its mask token's embedding is pickled apart from the weights",
+}
+
+
 def find_weights(path: str | os.PathLike, variant: str | None = None, **hub) -> list[str]:
     """The safetensors files of a folder or Hub repository, which are brought here.
 
     Raises:
-        ValueError: for an index that leads elsewhere than to safetensors files beside it.
+        ValueError: for an index that leads elsewhere than to safetensors files beside it, or weights of which not all
+            are safetensors.
         OSError: if there are none. Pickled weights are never read.
     """
+    for name, meaning in _STRANGE_FILES.items():
+        if cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) is not None:
+            raise ValueError(f"{path} has a file {name}: {meaning}, which a drafter that can be read here has not.")
     names = [_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
     single, index = (cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names)
     if single is not None:
