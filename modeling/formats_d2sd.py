@@ -91,7 +91,7 @@ def layout_of(config: dict) -> str | None:
 
 
 def check_references(path: str | os.PathLike, config: dict) -> None:
-    """Refuse a `config.json` that names files elsewhere than in its repository.
+    """Refuse a `config.json` that names code or files elsewhere than in its repository.
 
     Raises:
         ValueError: with the name.
@@ -104,6 +104,14 @@ def check_references(path: str | os.PathLike, config: dict) -> None:
         raise ValueError(
             f"auto_map names {strange[0]!r} in the config of {path}, which is no class in a file of a repository: do "
             "not use this checkpoint."
+        )
+    kernels = [
+        value for part in parts for name, value in part.items() if "implementation" in name and "/" in str(value)
+    ]
+    if kernels:
+        raise ValueError(
+            f"The config of {path} asks for the kernel {kernels[0]!r} of the Hub, which would be run: do not use this "
+            "checkpoint, or pass attn_implementation yourself after deleting that from its config."
         )
     if "transformers_weights" in config:
         raise ValueError(

@@ -39,7 +39,7 @@ def change_config(folder, **changes):
     file = folder / "config.json"
     config = json.loads(file.read_text())
     for path, value in changes.items():
-        *parents, name = path.split("__")
+        *parents, name = path.split(".")
         place = config
         for parent in parents:
             place = place[parent]
@@ -123,6 +123,12 @@ class TestPaths:
         with pytest.raises(ValueError, match="transformers_weights is '../x.safetensors'"):
             AutoModel.from_pretrained(repo)
 
+    @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "first.attn_implementation"])
+    def test_in_a_config_bring_no_kernels(self, name, repo):
+        change_config(repo, **{name: "evil/kernel"})
+        with pytest.raises(ValueError, match="asks for the kernel 'evil/kernel'"):
+            D2SDAssistant.from_pretrained(repo)
+
     @pytest.mark.parametrize("reference", ["../evil.Model", "../../evil.Model", "/evil.Model", "evil/../../x.Model"])
     def test_in_auto_map_lead_to_no_file_outside(self, reference, repo, tmp_path):
         """Neither with the flag that trusts a repository's own code, nor for the installed classes."""
@@ -149,13 +155,13 @@ class TestSizes:
     @pytest.mark.parametrize(
         "changes",
         [
-            dict(first__hidden_size=10**9, second__hidden_size=10**9),
-            dict(first__intermediate_size=10**15),
-            dict(first__num_hidden_layers=900, first__layer_types=None),
-            dict(first__num_attention_heads=10**9),
-            dict(first__target_layer_ids=[0, 1, 2, 3] * 100),
-            dict(first__draft_vocab_size=10**9, first__vocab_size=10**10, second__vocab_size=10**10),
-            dict(first__head_dim=10**12),
+            {"first.hidden_size": 10**9, "second.hidden_size": 10**9},
+            {"first.intermediate_size": 10**15},
+            {"first.num_hidden_layers": 900, "first.layer_types": None},
+            {"first.num_attention_heads": 10**9},
+            {"first.target_layer_ids": [0, 1, 2, 3] * 100},
+            {"first.draft_vocab_size": 10**9, "first.vocab_size": 10**10, "second.vocab_size": 10**10},
+            {"first.head_dim": 10**12},
         ],
         ids=lambda changes: next(iter(changes)),
     )
@@ -171,7 +177,7 @@ class TestSizes:
         ("name", "value"), [("num_hidden_layers", 10**12), ("block_size", 10**9), ("hidden_size", 0), ("head_dim", -8)]
     )
     def test_that_nothing_has_are_refused_with_the_config(self, name, value, repo):
-        change_config(repo, **{f"first__{name}": value, f"second__{name}": value, "first__layer_types": None})
+        change_config(repo, **{f"first.{name}": value, f"second.{name}": value, "first.layer_types": None})
         with pytest.raises(ValueError, match=f"{name} is {value}"):
             D2SDAssistant.from_pretrained(repo)
 

@@ -239,6 +239,72 @@ class TestTransformersOwn:
         assert load(native(tmp_path), vocab_size=VOCAB + 1).config.vocab_size == VOCAB + 1
 
 
+class TestPublishedConfigs:
+    """Keys as published repositories have them; their weights are not needed."""
+
+    def test_of_a_drafter_with_windows(self):
+        """z-lab/Qwen3.5-35B-A3B-DFlash: five sliding layers, then a full one; the window stands without a switch."""
+        config = D2SDDrafterConfig(
+            **translate_config(
+                {
+                    "architectures": ["DFlashDraftModel"],
+                    "model_type": "qwen3",
+                    "hidden_size": 2048,
+                    "num_hidden_layers": 6,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 8,
+                    "head_dim": 128,
+                    "intermediate_size": 6144,
+                    "vocab_size": 248320,
+                    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+                    "sliding_window": 4096,
+                    "max_window_layers": 6,
+                    "dflash_config": {
+                        "block_size": 16,
+                        "mask_token_id": 248077,
+                        "target_layer_ids": [1, 6, 11, 16, 22, 27, 32, 37],
+                    },
+                    "num_target_layers": 40,
+                    "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+                }
+            )
+        )
+        assert (config.sliding_window, config.causal_layer_types) == (4095, ["sliding_attention"])
+        assert (config.block_size, config.mask_token_id, config.num_target_layers) == (16, 248077, 40)
+        assert drafter_shapes(config)["fc.weight"] == (2048, 8 * 2048)
+
+    def test_of_a_causal_head(self):
+        """JetSpec/jetspec-Qwen3.6-35B-A3B."""
+        config = D2SDDrafterConfig(
+            **translate_config(
+                {
+                    "architectures": ["DFlashDraftModel"],
+                    "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+                    "block_size": 16,
+                    "dflash_config": {
+                        "causal_head": True,
+                        "mask_token_id": 248070,
+                        "target_layer_ids": [1, 10, 19, 28, 37],
+                    },
+                    "dtype": "bfloat16",
+                    "hidden_size": 2048,
+                    "intermediate_size": 6144,
+                    "num_hidden_layers": 8,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 4,
+                    "head_dim": 128,
+                    "num_target_layers": 40,
+                    "vocab_size": 248320,
+                    "rope_parameters": {"rope_theta": 10000000, "rope_type": "default"},
+                    "rms_norm_eps": 1e-6,
+                }
+            )
+        )
+        assert config.causal_layer_types == ["full_attention"]
+        assert config.rope_parameters["rope_theta"] == 10000000
+        assert config.dtype == torch.bfloat16
+
+
 class TestWhatIsRefused:
     """Drafters that need another network or decoding, each by its name."""
 
