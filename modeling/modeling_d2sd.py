@@ -144,9 +144,7 @@ class D2SDPreTrainedModel(PreTrainedModel):
         said = PreTrainedConfig.get_config_dict(path, **hub)[0]
         check_references(path, said)  # also where an Auto class has read the configuration
         layout = layout_of(said)
-        if not isinstance(kwargs.get("config"), PreTrainedConfig):
-            kwargs["config"], kwargs = cls._read_config(path, hub, kwargs)
-        config = kwargs["config"]
+        config = kwargs["config"] = cls._take_config(path, hub, kwargs)
         files = find_weights(path, kwargs.get("variant"), **hub)
         check_weights(path, files, cls.tensor_shapes(config), partial(tensor_name, layout, config=config))
         if layout != OWN:
@@ -158,11 +156,13 @@ class D2SDPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     @classmethod
-    def _read_config(cls, path, hub: dict, kwargs: dict) -> tuple[PreTrainedConfig, dict]:
-        """The configuration, changed by those of the arguments that are its attributes, and the other arguments."""
+    def _take_config(cls, path, hub: dict, kwargs: dict) -> PreTrainedConfig:
+        """The configuration, changed by those of the arguments that are its attributes, which are taken out."""
+        given = kwargs.pop("config", None)
+        if isinstance(given, PreTrainedConfig):
+            return given
         known = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.config_class.__annotations__}
-        config = cls.config_class.from_pretrained(kwargs.pop("config", None) or path, **hub, **known)
-        return config, {**kwargs, "config": config}
+        return cls.config_class.from_pretrained(given or path, **hub, **known)
 
     @classmethod
     def tensor_shapes(cls, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -355,6 +355,10 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match="format 'llama'.*LlamaForCausalLM"):
             load(tmp_path)
 
+    def test_a_single_drafter_is_no_pair(self, tmp_path):
+        with pytest.raises(ValueError, match="single drafter in another library's layout: .*from_drafters"):
+            D2SDAssistant.from_pretrained(dflash(tmp_path))
+
     def test_what_lacks_its_layer_ids_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="no target_layer_ids"):
             load(dflash(tmp_path, inner={"target_layer_ids": None}))

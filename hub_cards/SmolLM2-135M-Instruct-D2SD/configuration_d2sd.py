@@ -22,7 +22,12 @@ class _CheckedConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if cls.reads_other_layouts and layout_of(config_dict) not in (OWN, None):
+        if layout_of(config_dict) not in (OWN, None):
+            _require(
+                cls.reads_other_layouts,
+                f"{pretrained_model_name_or_path} is a single drafter in another library's layout: load it by "
+                "D2SDAssistant.from_drafters(first), or a pair by D2SDAssistant.from_drafters(first, second).",
+            )
             config_dict = translate_config(config_dict)
         check_references(pretrained_model_name_or_path, config_dict)
         model_type = config_dict.get("model_type")

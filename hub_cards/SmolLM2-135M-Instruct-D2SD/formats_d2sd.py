@@ -90,6 +90,9 @@ def layout_of(config: dict) -> str | None:
     return DFLASH
 
 
+_CLASS = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*--)?\w+\.\w+", re.ASCII)  # of this or a named repository
+
+
 def check_references(path: str | os.PathLike, config: dict) -> None:
     """Refuse a `config.json` that names code or files elsewhere than in its repository.
 
@@ -97,15 +100,18 @@ def check_references(path: str | os.PathLike, config: dict) -> None:
         ValueError: with the name.
     """
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    values = [value for part in parts for value in (part.get("auto_map") or {}).values()]
+    maps = [part["auto_map"] for part in parts if part.get("auto_map")]
+    values = [value for each in maps for value in (each.values() if isinstance(each, dict) else [each])]
     names = [name for value in values for name in (value if isinstance(value, (list, tuple)) else [value]) if name]
-    strange = [name for name in names if not re.fullmatch(r"([\w.-]+/[\w.-]+--)?\w+\.\w+", str(name), re.ASCII)]
+    strange = [name for name in names if not _CLASS.fullmatch(str(name))]
     if strange:
         raise ValueError(
             f"auto_map names {strange[0]!r} in the config of {path}, which is no class in a file of a repository: do "
             "not use this checkpoint."
         )
-    kernels = [value for part in parts for name, value in part.items() if "implementation" in name and "/" in str(value)]
+    kernels = [
+        value for part in parts for name, value in part.items() if "implementation" in name and "/" in str(value)
+    ]
     if kernels:
         raise ValueError(
             f"The config of {path} asks for the kernel {kernels[0]!r} of the Hub, which would be run: do not use this "
