@@ -6,14 +6,15 @@ This file is also the Hub's remote code for drafter repositories: it needs torch
 
 import os
 import sys
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DFlashCache
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
@@ -23,6 +24,17 @@ from transformers.models.qwen3.modeling_qwen3 import (
 )
 
 from .configuration_d2sd import D2SDConfig, D2SDDrafterConfig
+from .formats_d2sd import (
+    HUB_OPTIONS,
+    OWN,
+    check_references,
+    check_weights,
+    drafter_shapes,
+    find_weights,
+    layout_of,
+    tensor_name,
+    translate_tensors,
+)
 
 # What Transformers calls the argument and the output that hold keys and values: `cache` from 5.24 on.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -37,7 +49,7 @@ class D2SDAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.is_causal = False
+        self.is_causal = config.layer_types[layer_idx] in (config.causal_layer_types or ())
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
 
@@ -117,23 +129,61 @@ class D2SDPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As `PreTrainedModel.from_pretrained`, but reads safetensors alone and wants exactly the model's tensors.
 
+        Drafters in the layouts of other libraries are read too, see `formats_d2sd`; nothing in them is run.
+
         Raises:
-            ValueError: listing the tensors that are missing, unexpected or of another shape.
+            ValueError: listing the tensors that are missing, unexpected, of another shape or not finite; for files
+                that are damaged or lead elsewhere, before anything is allocated; for drafters of another kind.
             OSError: if there are no safetensors weights.
         """
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("Drafters are read from safetensors alone; drop use_safetensors=False.")
-        kwargs["ignore_mismatched_sizes"] = True  # they are refused below, by name
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        found = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-        if any(found.values()):
-            listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found.items() if names)
-            raise ValueError(f"{pretrained_model_name_or_path} is no {cls.__name__} checkpoint: tensors {listed}.")
+        if pretrained_model_name_or_path is None:
+            return super().from_pretrained(None, *args, output_loading_info=output_loading_info, **kwargs)
+        path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        said = PreTrainedConfig.get_config_dict(path, **hub)[0]
+        check_references(path, said)  # also where an Auto class has read the configuration
+        layout = layout_of(said)
+        config = kwargs["config"] = cls._take_config(path, hub, kwargs)
+        files = find_weights(path, kwargs.get("variant"), **hub)
+        check_weights(path, files, cls.tensor_shapes(config), partial(tensor_name, layout, config=config))
+        if layout != OWN:
+            tensors = {name: tensor for file in files for name, tensor in load_state_dict(file).items()}
+            kwargs["state_dict"] = translate_tensors(layout, tensors, config)
+            path = None
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model.check_values(pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _take_config(cls, path, hub: dict, kwargs: dict) -> PreTrainedConfig:
+        """The configuration, changed by those of the arguments that are its attributes, which are taken out."""
+        given = kwargs.pop("config", None)
+        if isinstance(given, PreTrainedConfig):
+            return given
+        known = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.config_class.__annotations__}
+        return cls.config_class.from_pretrained(given or path, **hub, **known)
+
+    @classmethod
+    def tensor_shapes(cls, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each tensor that a model of this configuration has."""
+        raise NotImplementedError
+
+    def check_values(self, path) -> None:
+        """Refuse weights that are not finite, and a draft vocabulary that the target's does not hold."""
+        weights = [(name, tensor) for name, tensor in self.named_parameters() if tensor.device.type != "meta"]
+        bad = [name for name, tensor in weights if not torch.isfinite(tensor).all()]
+        if bad:
+            raise ValueError(f"The weights of {path} are not finite: {', '.join(bad)}.")
+        for name, ids in self.named_buffers():
+            if name.endswith("draft_token_ids") and ids.device.type != "meta":
+                size = self.config.vocab_size
+                if ids.min() < 0 or ids.max() >= size or len(ids.unique()) < len(ids):
+                    raise ValueError(f"{name} of {path} must hold different ids of the {size} tokens; it is damaged.")
 
 
 class D2SDDrafterModel(D2SDPreTrainedModel):
-    """One block-diffusion drafter. It has no embedding and no head: both are the target's.
+    """One block-diffusion drafter. It has no embedding and, mostly, no head: both are the target's.
 
     Tensor names follow the public DFlash checkpoints. In the first role one token of the block is visible, the
     anchor; in the second, the anchor and a kept prefix. Both run natively in Transformers as a DFlash assistant:
@@ -151,7 +201,13 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             self.layer_weights = nn.Parameter(torch.ones(config.num_hidden_layers, len(config.target_layer_ids)))
         if config.draft_vocab_size is not None:
             self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
+        if config.own_head:
+            self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size or config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def tensor_shapes(cls, config: D2SDDrafterConfig) -> dict[str, tuple[int, ...]]:
+        return drafter_shapes(config)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -239,15 +295,21 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             "full_attention": create_bidirectional_mask,
             "sliding_attention": create_bidirectional_sliding_window_mask,
         }
+        causal = self.config.causal_layer_types or ()
         return {
             layer_type: create[layer_type](
                 config=self.config,
                 inputs_embeds=noise_embeds,
                 attention_mask=attention_mask,
+                and_mask_function=_no_later_key if layer_type in causal else None,
                 **{CACHE_NAME: cache},
             )
             for layer_type in set(self.config.layer_types)
         }
+
+
+def _no_later_key(batch, head, query, key):
+    return key <= query
 
 
 class D2SDAssistant(D2SDPreTrainedModel):
@@ -307,6 +369,11 @@ class D2SDAssistant(D2SDPreTrainedModel):
         assistant.first, assistant.second = first, second
         return assistant.eval()
 
+    @classmethod
+    def tensor_shapes(cls, config: D2SDConfig) -> dict[str, tuple[int, ...]]:
+        shapes = drafter_shapes(config.first, "first.")
+        return shapes if config.second is None else shapes | drafter_shapes(config.second, "second.")
+
     @property
     def drafters(self) -> list[D2SDDrafterModel]:
         return [drafter for drafter in (self.first, self.second) if drafter is not None]
@@ -319,6 +386,16 @@ class D2SDAssistant(D2SDPreTrainedModel):
     def compile(self, **options) -> None:
         """Let later calls decode with tensors of fixed shapes, their passes compiled by `torch.compile(**options)`."""
         self.compile_options = options
+
+    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
+        """As `PreTrainedModel.save_pretrained`, and `custom_generate/`, by which a target decodes with this pair."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            folder = os.path.join(save_directory, "custom_generate")
+            os.makedirs(folder, exist_ok=True)
+            for name, text in CUSTOM_GENERATE.items():
+                with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+                    file.write(text)
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -353,6 +430,17 @@ class D2SDAssistant(D2SDPreTrainedModel):
             raise ImportError(_ENGINE_MISSING) from error
         return assisted_decode(self, target, input_ids, *args, **kwargs)
 
+
+CUSTOM_GENERATE = {
+    "generate.py": """# Copyright 2026 The hf-d2sd authors. Licensed under the Apache License, Version 2.0.
+\"\"\"`target.generate(..., custom_generate=THIS_REPOSITORY, trust_remote_code=True)` decodes with this pair.\"\"\"
+
+from hf_d2sd.hub.generate import generate
+
+__all__ = ["generate"]
+""",
+    "requirements.txt": "hf-d2sd\n",
+}
 
 _ENGINE_MISSING = (
     "Decoding with a D2SDAssistant needs the package hf-d2sd: `pip install hf-d2sd`, then `import hf_d2sd` before "

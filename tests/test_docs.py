@@ -1,4 +1,4 @@
-"""What README.md and docs/ show works: their Python runs, and their commands have the options they name."""
+"""What README.md, docs/ and cards show works: their Python runs, and their commands have the options they name."""
 
 import importlib
 import json
@@ -15,7 +15,7 @@ from words import save_word_target
 from hf_d2sd.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "hub_cards").glob("*/README.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -45,7 +45,9 @@ def workplace(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: f"{page.parent.name}/{page.name}"
+)
 def test_python_runs(page, workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     names = {}
@@ -54,7 +56,7 @@ def test_python_runs(page, workplace, monkeypatch, capsys):
     assert capsys.readouterr().out.strip(), "an example that shows nothing"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_commands_have_the_options_that_are_named(page, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hf-d2sd"])
     for block in blocks(page, ""):
@@ -66,7 +68,7 @@ def test_commands_have_the_options_that_are_named(page, monkeypatch):
                 parser.parse_args_into_dataclasses(words[2:])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_links_between_files_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"

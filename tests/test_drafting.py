@@ -9,7 +9,7 @@ from tiny import FAMILIES, LAYERS, VOCAB, WIDTH, OracleDrafts, prompt, tiny_draf
 from torch import nn
 from transformers.generation.candidate_generator import DFlashTokenCandidateGenerator
 
-from hf_d2sd import D2SDAssistant
+from hf_d2sd import D2SDAssistant, attention
 from hf_d2sd.cache import TreeCache
 from hf_d2sd.drafting import DraftContext, Drafter
 from hf_d2sd.target import Target, TargetPass
@@ -17,7 +17,13 @@ from hf_d2sd.tree import CandidateTree
 
 WINDOWED = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=7)
 ALL_WINDOWED = dict(layer_types=["sliding_attention"] * 2, sliding_window=3)
-KINDS = {"full": {}, "alternating": WINDOWED, "sliding": ALL_WINDOWED}
+KINDS = {
+    "full": {},
+    "alternating": WINDOWED,
+    "sliding": ALL_WINDOWED,
+    "causal windows": WINDOWED | {"causal_layer_types": ["sliding_attention"]},
+    "causal": {"causal_layer_types": ["full_attention"]},
+}
 GAMMA = 5
 
 
@@ -79,6 +85,8 @@ def alone(model, block: list[int], hidden_states, known: range, position=None, t
     window = model.config.sliding_window
     near = torch.tensor([[abs(q - k) <= (window or 10**9) for k in at] for q in at[len(known) :]])
     masks = {"full_attention": torch.ones_like(near)[None, None], "sliding_attention": near[None, None]}
+    for kind in model.config.causal_layer_types or ():
+        masks[kind] = masks[kind] & torch.tensor([[k <= q for k in at] for q in at[len(known) :]])
     hidden = model(
         noise_embeds=target.get_input_embeddings()(torch.tensor([block])).to(model.dtype),
         context_hidden_states=context.to(model.dtype),
@@ -176,6 +184,21 @@ def test_a_context_that_grew_by_cycles_equals_a_fresh_forward(kind, seed):
             for row, visible in enumerate(([6, 4, 5, 9], [6, 4])):
                 logits = alone(model, masked(model, visible), hidden, range(known))
                 assert_reads(branches.tokens[0, row], branches.confidence[0, row], logits)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "packed", "sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["causal windows", "causal"])
+@torch.no_grad()
+def test_every_backend_shows_causal_blocks_earlier_tokens_alone(kind, backend, packed, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", 0)
+    model, hidden = tiny_drafter(GAMMA, **KINDS[kind]), features_of(30)
+    drafter = Drafter(model, tiny_target(), backend=backend)
+    for known in (2, 9, 30):
+        drafter.extend(part(hidden, position_of(drafter), known), [known])
+        branches = drafter.redraft(torch.tensor([6]), torch.tensor([[4, 5, 9, 8]]), torch.tensor([[3, 1]]), GAMMA)
+        for row, visible in enumerate(([6, 4, 5, 9], [6, 4])):
+            logits = alone(model, masked(model, visible), hidden, range(known))
+            assert_reads(branches.tokens[0, row], branches.confidence[0, row], logits)
 
 
 @pytest.mark.parametrize("kind", KINDS)

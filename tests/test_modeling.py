@@ -65,8 +65,12 @@ class TestSavingAndLoading:
 
     def test_the_folder_holds_safetensors_and_the_code(self, tmp_path):
         tiny_assistant(4, 6).save_pretrained(tmp_path)
-        names = {path.name for path in tmp_path.iterdir()}
-        assert names == {"config.json", "model.safetensors", "configuration_d2sd.py", "modeling_d2sd.py"}
+        code = {"configuration_d2sd.py", "formats_d2sd.py", "modeling_d2sd.py"}
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "config.json",
+            "custom_generate",
+            "model.safetensors",
+        } | code
         auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
         assert auto_map == {"AutoConfig": "configuration_d2sd.D2SDConfig", "AutoModel": "modeling_d2sd.D2SDAssistant"}
 
@@ -80,7 +84,8 @@ class TestSavingAndLoading:
         monkeypatch.setattr(HfApi, "create_commit", create_commit)
         monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *a, **k: ModelCard("a pair"))
         tiny_assistant(4, 6).push_to_hub("org/pair")
-        assert {"config.json", "model.safetensors", "modeling_d2sd.py", "configuration_d2sd.py"} <= uploaded.keys()
+        assert {"config.json", "model.safetensors", "modeling_d2sd.py", "formats_d2sd.py"} <= uploaded.keys()
+        assert {"configuration_d2sd.py", "custom_generate/generate.py"} <= uploaded.keys()
 
 
 class TestDtypeAndDevice:
@@ -165,6 +170,7 @@ print(hf_d2sd.D2SDDrafterConfig().block_size)
         assert done.returncode == 0, done.stderr
         names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
         assert {"hf_d2sd/integration.py", "hf_d2sd/modeling/modeling_d2sd.py", "hf_d2sd/py.typed"} <= names
+        assert {"hf_d2sd/hub/template.md", "hf_d2sd/modeling/formats_d2sd.py"} <= names
         assert not any(name.startswith(("tests", "modeling/")) for name in names)
 
 

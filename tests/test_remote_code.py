@@ -8,10 +8,21 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import prompt, tiny_assistant, tiny_drafter, tiny_target
 
+from hf_d2sd.hub.generate import generate
+from hf_d2sd.modeling.modeling_d2sd import CUSTOM_GENERATE
+
 ROOT = Path(__file__).resolve().parents[1]
-SAVED_FILES = ["config.json", "configuration_d2sd.py", "model.safetensors", "modeling_d2sd.py"]
+SAVED_FILES = [
+    "config.json",
+    "configuration_d2sd.py",
+    "custom_generate",
+    "formats_d2sd.py",
+    "model.safetensors",
+    "modeling_d2sd.py",
+]
 WITHOUT_PACKAGE = """
     import sys
 
@@ -55,6 +66,18 @@ GENERATE = """
     report["sequence"] = target.generate(prompt, assistant_model=assistant, **options)[0].tolist()
     report["committed"] = assistant.last_stats.committed_per_cycle
 """
+CUSTOM = """
+    options["trust_remote_code"] = True
+    report["sequence"] = target.generate(prompt, custom_generate="pair", **options)[0].tolist()
+    report["committed"] = sys.modules["hf_d2sd.hub.generate"]._load("pair", ()).last_stats.committed_per_cycle
+    sampled = dict(options, do_sample=True, return_dict_in_generate=True)
+    torch.manual_seed(0)
+    report["sampled"] = target.generate(prompt, custom_generate="pair", **sampled).sequences[0].tolist()
+    try:
+        target.generate(prompt, custom_generate="pair", assistant_model=assistant, **options)
+    except ValueError as error:
+        report["both"] = str(error)
+"""
 REPORT = "\nprint('REPORT', json.dumps(report))\n"
 
 
@@ -93,6 +116,11 @@ def with_package(folder, tmp_path_factory):
     return report_of(run(folder, tmp_path_factory.mktemp("home"), LOAD, GENERATE, REPORT))
 
 
+@pytest.fixture(scope="module")
+def by_custom_generate(folder, tmp_path_factory):
+    return report_of(run(folder, tmp_path_factory.mktemp("home"), LOAD, CUSTOM, REPORT))
+
+
 def greedy() -> list[int]:
     return tiny_target().generate(prompt(), do_sample=False, max_new_tokens=16)[0].tolist()
 
@@ -102,6 +130,8 @@ def test_a_pair_in_the_repository_holds_the_code_of_today(card):
     """Save the pair again, or copy the files, when this fails."""
     for source in (ROOT / "modeling").glob("*_d2sd.py"):
         assert (card.parent / source.name).read_text() == source.read_text(), source.name
+    for name, text in CUSTOM_GENERATE.items():
+        assert (card.parent / "custom_generate" / name).read_text() == text, name
 
 
 def test_the_folder_holds_all_it_needs(folder):
@@ -152,3 +182,41 @@ class TestWithThePackage:
         report = report_of(run(folder, tmp_path, "import hf_d2sd", LOAD, GENERATE, REPORT))
         assert report["module"].startswith("hf_d2sd")
         assert report["sequence"] == greedy()
+
+
+class TestCustomGenerate:
+    """`target.generate(..., custom_generate=REPOSITORY, trust_remote_code=True)`."""
+
+    def test_it_decodes_with_the_repositorys_pair(self, by_custom_generate):
+        assert by_custom_generate["sequence"] == greedy()
+        tiny_target().generate(prompt(), do_sample=False, max_new_tokens=16, assistant_model=tiny_assistant(4, 6))
+        assert by_custom_generate["committed"] == tiny_assistant(4, 6).last_stats.committed_per_cycle
+
+    def test_other_options_are_handed_on(self, by_custom_generate):
+        torch.manual_seed(0)
+        plain = tiny_target().generate(prompt(), do_sample=True, max_new_tokens=16)
+        assert by_custom_generate["sampled"] == plain[0].tolist()
+
+    def test_another_assistant_beside_it_is_refused(self, by_custom_generate):
+        assert "either it or assistant_model" in by_custom_generate["both"]
+
+    def test_without_the_package_it_says_what_to_install(self, folder, tmp_path):
+        call = "target.generate(prompt, custom_generate='pair', trust_remote_code=True, **options)"
+        result = run(folder, tmp_path, WITHOUT_PACKAGE, LOAD, call)
+        assert result.returncode != 0
+        assert "hf_d2sd" in result.stderr and "pip install hf_d2sd" in result.stderr
+
+    def test_nothing_runs_without_trust(self, folder, tmp_path):
+        call = """
+            import torch, transformers
+            target = transformers.AutoModelForCausalLM.from_pretrained("target")
+            target.generate(torch.tensor([[2, 3]]), custom_generate="pair", trust_remote_code=False)
+        """
+        result = run(folder, tmp_path, call)
+        assert result.returncode != 0
+        assert "trust_remote_code" in result.stderr
+        assert not list(tmp_path.rglob("generate.py"))
+
+    def test_a_caller_that_names_no_repository_is_told_so(self):
+        with pytest.raises(ValueError, match="cannot be known which pair"):
+            generate(tiny_target(), prompt())

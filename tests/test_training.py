@@ -59,10 +59,15 @@ def random_blocks(drafter, rows, count=6, base=0.9, seed=0):
 
 
 class TestBlocks:
-    @pytest.mark.parametrize("kind", ["plain", "sliding", "layerwise"])
+    @pytest.mark.parametrize("kind", ["plain", "sliding", "causal", "layerwise"])
     def test_blocks_side_by_side_are_what_decoding_computes_for_each_alone(self, kind):
         windows = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=6)
-        changes = {"plain": {}, "sliding": windows, "layerwise": {"feature_fusion": "layerwise"}}[kind]
+        changes = {
+            "plain": {},
+            "sliding": windows,
+            "causal": windows | {"causal_layer_types": ["sliding_attention"]},
+            "layerwise": {"feature_fusion": "layerwise"},
+        }[kind]
         drafter, rows = tiny_drafter(6, **changes), random_rows(30, 21, 12)
         if kind == "layerwise":
             torch.nn.init.normal_(drafter.layer_weights)
@@ -95,10 +100,10 @@ class TestBlocks:
                 assert (by_embeds.abs().sum(-1) > 0).equal(own)
                 assert (by_context.abs().sum(-1) > 0).equal(past)
 
-    @pytest.mark.parametrize("window", [None, 3])
-    def test_the_sparse_mask_has_the_same_rule(self, window):
+    @pytest.mark.parametrize("rule", [(None,), (3,), (None, True), (3, True)])
+    def test_the_sparse_mask_has_the_same_rule(self, rule):
         anchors = torch.tensor([[5, 9, 17], [6, 6, 8]])
-        dense, sparse = dense_mask(anchors, 20, 4, window), sparse_mask(anchors, 20, 4, window)
+        dense, sparse = dense_mask(anchors, 20, 4, *rule), sparse_mask(anchors, 20, 4, *rule)
         queries, keys = torch.arange(12)[:, None], torch.arange(32)[None]
         for row in range(2):
             rule = sparse.mask_mod(torch.tensor(row), None, queries, keys)

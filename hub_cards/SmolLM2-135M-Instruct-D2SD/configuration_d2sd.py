@@ -3,6 +3,8 @@
 
 from transformers import PreTrainedConfig
 
+from .formats_d2sd import MAX_BLOCK_SIZE, MAX_LAYERS, OWN, check_references, layout_of, translate_config
+
 FORMAT_VERSION = 1
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -15,9 +17,19 @@ def _require(condition: bool, message: str) -> None:
 class _CheckedConfig(PreTrainedConfig):
     """Refuses to read a configuration that was written for another kind of model, or by a newer library."""
 
+    reads_other_layouts = False
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if layout_of(config_dict) not in (OWN, None):
+            _require(
+                cls.reads_other_layouts,
+                f"{pretrained_model_name_or_path} is a single drafter in another library's layout: load it by "
+                "D2SDAssistant.from_drafters(first), or a pair by D2SDAssistant.from_drafters(first, second).",
+            )
+            config_dict = translate_config(config_dict)
+        check_references(pretrained_model_name_or_path, config_dict)
         model_type = config_dict.get("model_type")
         _require(
             model_type == cls.model_type,
@@ -38,10 +50,11 @@ class _CheckedConfig(PreTrainedConfig):
 class D2SDDrafterConfig(_CheckedConfig):
     r"""Configuration of one block-diffusion drafter, first or second.
 
-    Names follow Transformers' own DFlash assistants and the public DFlash checkpoints (arXiv 2602.06036).
+    Names follow Transformers' own DFlash assistants and the public DFlash checkpoints (arXiv 2602.06036). Public
+    DFlash, SpecForge's, speculators' and Transformers' own configurations are read too, see `formats_d2sd`.
 
     Args:
-        vocab_size (`int`): size of the target's vocabulary.
+        vocab_size (`int`, *optional*): size of the target's vocabulary; `None` where a checkpoint does not say.
         hidden_size (`int`): width of the drafter; equals the width of the target's input embedding and LM head.
         target_hidden_size (`int`, *optional*): width of the target's hidden states; defaults to `hidden_size`.
         num_target_layers (`int`, *optional*): number of layers of the target the drafter was trained for.
@@ -55,6 +68,12 @@ class D2SDDrafterConfig(_CheckedConfig):
         qk_norm (`bool`): whether queries and keys are normalised per head.
         layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each layer.
         sliding_window (`int`, *optional*): for sliding layers, the greatest distance at which a key is seen.
+        causal_layer_types (`list[str]`, *optional*): types of the layers in which a block's tokens see only earlier
+            ones of their block; in the others they see all of it.
+        own_head (`bool`): whether the drafter has an LM head of its own, `lm_head`, in place of the target's.
+        output_multiplier (`float`): what the head's logits are multiplied by.
+        final_logit_softcapping (`float`, *optional*): c, if logits become `c * tanh(logits / c)`.
+        input_embedding_scale (`float`, *optional*): where set, the scale that the target's embedding has to have.
         feature_fusion (`str`): `"shared"`, one projection of the features for all layers, or `"layerwise"`: each layer
             first weighs the target's layers in a way of its own (after DFlare, arXiv 2606.02091).
         confidence_temperatures (`list[float]`, *optional*): for each of the γ-1 drafted positions, what its logits
@@ -68,8 +87,9 @@ class D2SDDrafterConfig(_CheckedConfig):
     """
 
     model_type = "d2sd_drafter"
+    reads_other_layouts = True
 
-    vocab_size: int = 32000
+    vocab_size: int | None = 32000
     hidden_size: int = 1024
     intermediate_size: int = 3072
     num_hidden_layers: int = 5
@@ -92,6 +112,11 @@ class D2SDDrafterConfig(_CheckedConfig):
     target_hidden_size: int | None = None
     num_target_layers: int | None = None
     draft_vocab_size: int | None = None
+    causal_layer_types: list[str] | None = None
+    own_head: bool = False
+    output_multiplier: float = 1.0
+    final_logit_softcapping: float | None = None
+    input_embedding_scale: float | None = None
     feature_fusion: str = "shared"
     confidence_temperatures: list[float] | None = None
     tokenizer_fingerprint: str | None = None
@@ -106,6 +131,7 @@ class D2SDDrafterConfig(_CheckedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
+        self._check_bounds()
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.target_layer_ids is None:
@@ -115,17 +141,25 @@ class D2SDDrafterConfig(_CheckedConfig):
         self._check_sizes()
         self._check_layers()
 
+    def _check_bounds(self) -> None:
+        """Before anything is made that is as large as these numbers."""
+        for name, most in (("num_hidden_layers", MAX_LAYERS), ("block_size", MAX_BLOCK_SIZE)):
+            value = getattr(self, name)
+            _require(value <= most, f"{name} is {value}; more than {most} is taken for a damaged config.")
+        for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "head_dim", "num_key_value_heads"):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
+
     def _check_sizes(self) -> None:
         _require(
             self.block_size >= 2,
             f"block_size is {self.block_size}; it must be at least 2: the anchor and one drafted token.",
         )
         _require(
-            self.mask_token_id is None or 0 <= self.mask_token_id < self.vocab_size,
+            self.mask_token_id is None or 0 <= self.mask_token_id < (self.vocab_size or self.mask_token_id + 1),
             f"mask_token_id is {self.mask_token_id}, outside the vocabulary of {self.vocab_size} tokens.",
         )
         _require(
-            self.draft_vocab_size is None or 1 <= self.draft_vocab_size <= self.vocab_size,
+            self.draft_vocab_size is None or 1 <= self.draft_vocab_size <= (self.vocab_size or 0),
             f"draft_vocab_size is {self.draft_vocab_size}; it must lie between 1 and vocab_size={self.vocab_size}.",
         )
         temperatures = self.confidence_temperatures
@@ -149,6 +183,14 @@ class D2SDDrafterConfig(_CheckedConfig):
         _require(
             self.feature_fusion in ("shared", "layerwise"),
             f"feature_fusion is {self.feature_fusion!r}; it must be 'shared' or 'layerwise'.",
+        )
+        _require(
+            set(self.causal_layer_types or ()) <= set(_LAYER_TYPES),
+            f"causal_layer_types is {self.causal_layer_types}; it may name only {_LAYER_TYPES}.",
+        )
+        _require(
+            not self.own_head or self.vocab_size is not None,
+            "own_head is set, and vocab_size is None: the head has no size.",
         )
         _require(
             "sliding_attention" not in self.layer_types or self.sliding_window is not None,

@@ -8,7 +8,7 @@ over all keys would give. Nothing is as large as nodes times context.
 
 import contextlib
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ class Nodes:
     depths: Tensor  # (B, N), positions after the anchor's
     max_depth: int  # at least the greatest depth
     tree: CandidateTree | None = None
-    block_size: int | None = None  # for the blocks of a draft: nodes see their own block, in both directions
+    block_size: int | None = None  # for the blocks of a draft: nodes see their own block
+    one_sided: bool = False  # of it, only the nodes before them, as in a tree
 
     @classmethod
     def of_tree(cls, tree: CandidateTree) -> "Nodes":
@@ -51,6 +52,14 @@ class Nodes:
 
     def __len__(self) -> int:
         return self.depths.shape[1]
+
+    @functools.cached_property
+    def causal(self) -> "Nodes":
+        """The same nodes, each seeing none that stands behind it."""
+        if self.block_size is None:
+            return self
+        earlier = self.depths[:, None] <= self.depths[..., None]
+        return replace(self, visible=self.visible & earlier, one_sided=True)
 
     def segments(self) -> Chains:
         """What attends to what as packed sequences: a tree's chains, or the blocks."""
@@ -246,13 +255,14 @@ class TreeAttention:
     windows: dict[str, int | None]  # the sliding window of each layer type: positions nearer than this are seen
     text_config: object
     kernel: Kernel | None = None  # of a cascade; `None`: masks
+    causal_types: frozenset[str] = frozenset()  # layer types in which also the nodes of a block see none behind them
 
     @classmethod
     def for_model(cls, model, forced: str | None = None, two_sided: bool = False) -> "TreeAttention":
         """Choose a backend for a model; `forced` names the one that it has to be.
 
         Args:
-            two_sided: a window is the greatest distance seen, on both sides, as in drafters.
+            two_sided: for drafters: a window is the greatest distance seen, and blocks may see all of themselves.
 
         Raises:
             ValueError: for an unknown backend, or one that cannot run here.
@@ -261,7 +271,8 @@ class TreeAttention:
         windows = {name: window and window + two_sided for name, window in layer_windows(model.config).items()}
         kernel = KERNELS.get(backend)
         text_config = model.config.get_text_config(decoder=True)
-        return cls(backend, reason, NAME if kernel else backend, windows, text_config, kernel)
+        causal_types = frozenset((model.config.causal_layer_types or ()) if two_sided else ())
+        return cls(backend, reason, NAME if kernel else backend, windows, text_config, kernel, causal_types)
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
@@ -286,15 +297,18 @@ class TreeAttention:
             lengths: by layer type, how many stored keys each row has.
             dtype: of the activations; an additive mask is made in it.
         """
+        layers = cache.by_type()
+        seen = {name: nodes.causal if name in self.causal_types else nodes for name in self.windows}
         if self.kernel is None:
             return {
-                name: self.as_mask(tree_mask(nodes, lengths[name], starts[name], cache.by_type()[name], window), dtype)
+                name: self.as_mask(tree_mask(seen[name], lengths[name], starts[name], layers[name], window), dtype)
                 for name, window in self.windows.items()
             }
         segments = list(vars(nodes.segments()).values()) if self.kernel.packs else []
-        layers = cache.by_type()
         plans = {
-            name: plan_layer(self.kernel, nodes, segments, lengths[name], starts[name], layers[name], window, dtype)
+            name: plan_layer(
+                self.kernel, seen[name], segments, lengths[name], starts[name], layers[name], window, dtype
+            )
             for name, window in self.windows.items()
         }
         return TreePlan(self.kernel, cache.layer_types, plans)
@@ -391,7 +405,7 @@ def plan_layer(
         segments=[] if mask is not None else segments,
         longest=max(lengths) if layer.fixed is None else start,
         deepest=deepest,
-        causal=nodes.block_size is None,
+        causal=nodes.block_size is None or nodes.one_sided,
         has_prefix=not few and max(lengths) > 0 and (not narrow or deepest + 1 < window),
     )
 

@@ -14,6 +14,9 @@ COMMANDS = {
     "join": ("training.pair", "JoinOptions", "join"),
     "bench": ("benchmark.run", "BenchOptions", "bench"),
     "report": ("benchmark.report", "ReportOptions", "report_run"),
+    "export": ("hub.export", "ExportOptions", "export"),
+    "card": ("hub.card", "CardOptions", "card"),
+    "push": ("hub.push", "PushOptions", "push"),
 }
 
 

@@ -272,7 +272,7 @@ def _join(parts: tuple[tuple[Tensor, list[int]], ...]) -> tuple[Tensor, list[int
 
 @dataclass(frozen=True)
 class PrunedHead:
-    """The rows of a target's LM head that belong to a pruned draft vocabulary of V' tokens."""
+    """A head of V' tokens: the rows of a target's that belong to a pruned draft vocabulary, or a drafter's own."""
 
     weight: Tensor  # (V', H)
     bias: Tensor | None  # (V',)
@@ -282,6 +282,21 @@ class PrunedHead:
 
 
 def draft_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What gives a drafter's logits: the target's head or the drafter's own, scaled and capped as its config says."""
+    config = model.config
+    read = PrunedHead(model.lm_head.weight, None) if config.own_head else _target_head(model, head)
+    multiplier, cap = config.output_multiplier, config.final_logit_softcapping
+    if multiplier == 1.0 and cap is None:
+        return read
+
+    def scaled(hidden: Tensor) -> Tensor:
+        logits = read(hidden) * multiplier
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return scaled
+
+
+def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor], Tensor]:
     """The target's head, or for a pruned draft vocabulary its rows; these are gathered once for a target.
 
     Of a plain linear head the rows are read; any other head, a quantized one say, is called on the unit vectors.

@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import math
 import weakref
 from collections.abc import Callable
 
@@ -84,6 +85,8 @@ def _validate_generation_mode(stock, target, generation_mode, generation_config,
     if _is_ours(assistant):
         _refuse(_unsupported(target, generation_config, generation_mode_kwargs))
         bind(assistant, target, generation_mode_kwargs.get("tokenizer"))
+        if assistant.config.vocab_size is None:  # stock compares it with the target's
+            assistant.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size
         generation_config = copy.copy(generation_config)
         generation_config.num_return_sequences = 1  # stock takes one in assisted decoding
     elif isinstance(assistant, D2SDDrafterModel) and generation_config.speculation_type != "dflash":
@@ -137,15 +140,18 @@ def bind(assistant: D2SDAssistant, target, tokenizer=None) -> None:
             for a missing mask token.
     """
     text = target.config.get_text_config(decoder=True)
+    embed = target.get_input_embeddings()
+    scale = float(getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0)))
     for role in ("first", "second"):
         drafter = getattr(assistant, role)
         if drafter is None:
             continue
         config = drafter.config
         expected = {
-            "vocab_size": (config.vocab_size, text.vocab_size),
+            "vocab_size": (config.vocab_size or text.vocab_size, text.vocab_size),
             "target_hidden_size": (config.target_hidden_size, text.hidden_size),
             "hidden_size": (config.hidden_size, text.hidden_size),
+            "input_embedding_scale": (_or_near(config.input_embedding_scale, scale), scale),
             "num_target_layers": (config.num_target_layers or text.num_hidden_layers, text.num_hidden_layers),
         }
         for name, (seen, wanted) in expected.items():
@@ -170,6 +176,11 @@ def bind(assistant: D2SDAssistant, target, tokenizer=None) -> None:
                     f"The tokenizer passed to generate has fingerprint {seen}, the {role} drafter was trained with "
                     f"{config.tokenizer_fingerprint}: the same ids would mean other words."
                 )
+
+
+def _or_near(value: float | None, wanted: float) -> float:
+    """`wanted` for a value that is missing or but rounded otherwise."""
+    return wanted if value is None or math.isclose(value, wanted, rel_tol=0.01) else value
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

@@ -93,7 +93,15 @@ def _at(position: Tensor, values: Sequence[Tensor], padding: float) -> Tensor | 
     return table[rows, position.clamp(max=table.shape[1] - 1)]
 
 
-def sees(query, key, anchors: Tensor, context_length: int, block_size: int, window: int | None = None) -> Tensor:
+def sees(
+    query,
+    key,
+    anchors: Tensor,
+    context_length: int,
+    block_size: int,
+    window: int | None = None,
+    causal: bool = False,
+) -> Tensor:
     """The one rule: a block sees the context before its anchor, and itself in both directions.
 
     Args:
@@ -101,44 +109,48 @@ def sees(query, key, anchors: Tensor, context_length: int, block_size: int, wind
         key: index tensor into the T context tokens, then the S slots.
         anchors: (N,), of one row.
         window: in sliding layers, the greatest distance at which a key is seen.
+        causal: a block's slots see only earlier ones of it.
     """
     own_block = query // block_size
     anchor = anchors[own_block]
     in_context = key < context_length
     key_slot = (key - context_length).clamp(min=0)
     seen = torch.where(in_context, key < anchor, key_slot // block_size == own_block)
+    if causal:
+        seen = seen & (in_context | (key_slot <= query))
     if window is not None:
         key_at = torch.where(in_context, key, anchor + key_slot % block_size)
         seen = seen & ((anchor + query % block_size - key_at).abs() <= window)
     return seen
 
 
-def dense_mask(anchors: Tensor, context_length: int, block_size: int, window: int | None = None) -> Tensor:
-    """(B, 1, S, T + S), bool: `sees` for every pair."""
+def dense_mask(anchors: Tensor, context_length: int, block_size: int, *rule: int | bool | None) -> Tensor:
+    """(B, 1, S, T + S), bool: `sees` for every pair; `rule` are its window and whether it is causal."""
     slots = anchors.shape[1] * block_size
     query = torch.arange(slots, device=anchors.device)[:, None]
     key = torch.arange(context_length + slots, device=anchors.device)[None]
-    rows = [sees(query, key, row, context_length, block_size, window) for row in anchors]
+    rows = [sees(query, key, row, context_length, block_size, *rule) for row in anchors]
     return torch.stack(rows)[:, None]
 
 
-def sparse_mask(anchors: Tensor, context_length: int, block_size: int, window: int | None = None):
+def sparse_mask(anchors: Tensor, context_length: int, block_size: int, *rule: int | bool | None):
     """The same rule as a BlockMask of flex_attention, which skips what no query sees."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def rule(row, _, query, key):
-        return sees(query, key, anchors[row], context_length, block_size, window)
+    def seen(row, _, query, key):
+        return sees(query, key, anchors[row], context_length, block_size, *rule)
 
     slots = anchors.shape[1] * block_size
-    return create_block_mask(rule, len(anchors), None, slots, context_length + slots, device=anchors.device)
+    return create_block_mask(seen, len(anchors), None, slots, context_length + slots, device=anchors.device)
 
 
 def masks_by_layer_type(blocks: Blocks, config: D2SDDrafterConfig) -> dict:
     """What `D2SDDrafterModel.forward` takes as `attention_mask`, for its attention implementation."""
     create = sparse_mask if config._attn_implementation == "flex_attention" else dense_mask
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    causal = config.causal_layer_types or ()
     return {
-        kind: create(blocks.anchors, blocks.context.shape[1], config.block_size, windows[kind])
+        kind: create(blocks.anchors, blocks.context.shape[1], config.block_size, windows[kind], kind in causal)
         for kind in set(config.layer_types)
     }
 

@@ -1,0 +1,152 @@
+"""A drafter that is written for other engines comes back as it was, or is refused with the reason."""
+
+import json
+
+import pytest
+import torch
+from layouts import weights
+from safetensors import safe_open
+from tiny import LAYERS, VOCAB, prompt, tiny_assistant, tiny_drafter, tiny_target
+
+from hf_d2sd import D2SDAssistant, D2SDDrafterModel
+from hf_d2sd.cli import main
+from hf_d2sd.drafting import draft_head
+from hf_d2sd.hub.export import ExportOptions, export
+
+SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=7)
+CHANGES = {
+    "plain": {},
+    "biases": dict(attention_bias=True),
+    "windows": SLIDING,
+    "causal windows": SLIDING | {"causal_layer_types": ["sliding_attention"]},
+    "yarn": dict(
+        rope_parameters=dict(rope_type="yarn", rope_theta=7e3, factor=4.0, original_max_position_embeddings=1024)
+    ),
+    "calibrated": dict(confidence_temperatures=[1.1, 1.2, 1.3], tokenizer_fingerprint="0123456789abcdef"),
+}
+VOLATILE = ("architectures", "auto_map", "transformers_version", "_name_or_path")
+
+
+def meaning(drafter) -> dict:
+    values = {name: value for name, value in drafter.config.to_dict().items() if name not in VOLATILE}
+    return values | {"causal_layer_types": values["causal_layer_types"] or []}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("target")
+    tiny_target().save_pretrained(folder)
+    return str(folder)
+
+
+def written(drafter, folder, **options):
+    """The drafter, written in a format and read again."""
+    drafter.save_pretrained(folder / "ours")
+    export(ExportOptions(model=str(folder / "ours"), out=folder / "theirs", **options))
+    return D2SDDrafterModel.from_pretrained(folder / "theirs")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("format", ["dflash", "speculators"])
+def test_there_and_back_is_exact(format, change, target, tmp_path):
+    drafter = tiny_drafter(**CHANGES[change])
+    again = written(drafter, tmp_path, format=format, target=target)
+    state, other = drafter.state_dict(), again.state_dict()
+    assert state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+    assert meaning(again) == meaning(drafter)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(causal_layer_types=["full_attention"]),
+        dict(output_multiplier=0.5, final_logit_softcapping=30.0, input_embedding_scale=1.0),
+    ],
+    ids=str,
+)
+def test_the_dflash_layout_says_more(change, tmp_path):
+    drafter = tiny_drafter(**change)
+    assert meaning(written(drafter, tmp_path)) == meaning(drafter)
+
+
+def test_the_dtype_is_kept(tmp_path):
+    again = written(tiny_drafter().bfloat16(), tmp_path)
+    assert again.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_dflash_layout_has_the_keys_and_tensors_that_its_readers_want(tmp_path):
+    written(tiny_drafter(), tmp_path)
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"] and config["model_type"] == "qwen3"
+    assert config["dflash_config"] == {"mask_token_id": 1, "target_layer_ids": [0, 2]}
+    assert (config["block_size"], config["num_target_layers"], config["rope_theta"]) == (4, LAYERS, 10000.0)
+    with safe_open(tmp_path / "theirs" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == weights().keys()
+
+
+def test_speculators_counts_layers_from_the_embedding_and_names_the_target(target, tmp_path):
+    written(tiny_drafter(), tmp_path, format="speculators", target=target)
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["aux_hidden_state_layer_ids"] == [1, 3]
+    assert config["speculators_config"]["verifier"] == {"name_or_path": target, "architectures": ["LlamaForCausalLM"]}
+    assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
+    assert (config["draft_vocab_size"], config["speculators_model_type"]) == (VOCAB, "dflash")
+
+
+def test_a_pruned_drafter_takes_the_targets_rows_along(target, tmp_path):
+    """In ascending order of its tokens, as t2d implies; what it drafts stays the same."""
+    drafter = tiny_drafter(draft_vocab_size=5)
+    drafter.draft_token_ids.copy_(torch.tensor([19, 2, 3, 8, 5]))
+    again = written(drafter, tmp_path, format="speculators", target=target)
+    assert again.draft_token_ids.tolist() == [2, 3, 5, 8, 19]
+    head = tiny_target().get_output_embeddings()
+    assert torch.equal(again.lm_head.weight, head.weight[again.draft_token_ids])
+    hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    order = drafter.draft_token_ids.sort().indices
+    torch.testing.assert_close(draft_head(again, head)(hidden), draft_head(drafter, head)(hidden)[:, order])
+    third = written(again, tmp_path / "again", format="speculators", target=target)
+    assert torch.equal(third.lm_head.weight, again.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("format", "change", "reason"),
+    [
+        ("dflash", dict(draft_vocab_size=5), "draft_vocab_size is 5 .speculators can say it"),
+        ("dflash", dict(feature_fusion="layerwise"), "feature_fusion is 'layerwise'"),
+        ("speculators", dict(feature_fusion="layerwise", qk_norm=False), "'layerwise'; qk_norm is False"),
+        ("dflash", dict(own_head=True), "an LM head of its own"),
+        ("dflash", SLIDING | {"causal_layer_types": ["full_attention"]}, "full layers are causal, its sliding ones"),
+        ("speculators", dict(causal_layer_types=["full_attention"]), "its full layers are causal"),
+        ("speculators", dict(final_logit_softcapping=3.0), "it caps its logits"),
+    ],
+    ids=str,
+)
+def test_what_a_format_cannot_say_is_refused_by_name(format, change, reason, target, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        written(tiny_drafter(**change), tmp_path, format=format, target=target)
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_either_drafter_of_a_pair_is_written_by_the_command(tmp_path, capsys):
+    tiny_assistant(4, 6).save_pretrained(tmp_path / "pair")
+    main(["export", "--model", str(tmp_path / "pair"), "--out", str(tmp_path / "out"), "--role", "second"])
+    assert json.loads(capsys.readouterr().out)["tensors"] == len(weights())
+    again = D2SDDrafterModel.from_pretrained(tmp_path / "out")
+    assert again.config.block_size == 6
+    assert torch.equal(again.fc.weight, tiny_assistant(4, 6).second.fc.weight)
+    out = tiny_target().generate(
+        prompt(), assistant_model=D2SDAssistant.from_drafters(again), do_sample=False, max_new_tokens=8
+    )
+    assert out.tolist() == tiny_target().generate(prompt(), do_sample=False, max_new_tokens=8).tolist()
+
+
+def test_speculators_wants_a_target(tmp_path):
+    with pytest.raises(ValueError, match="pass it as --target"):
+        written(tiny_drafter(), tmp_path, format="speculators")
+
+
+def test_a_role_that_is_not_there_is_named(tmp_path):
+    D2SDAssistant.from_drafters(tiny_drafter()).save_pretrained(tmp_path / "pair")
+    with pytest.raises(ValueError, match="no second drafter"):
+        export(ExportOptions(model=str(tmp_path / "pair"), out=tmp_path / "out", role="second"))

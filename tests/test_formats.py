@@ -1,0 +1,397 @@
+"""Drafters of other libraries load with nothing of theirs run, and compute what they compute there."""
+
+import json
+
+import pytest
+import torch
+from layouts import DFLASH_KEYS, SPECULATORS_KEYS, dflash, native, speculators, weights
+from safetensors.torch import load_file
+from tiny import LAYERS, VOCAB, WIDTH, prompt, tiny_target
+from transformers import AutoModel
+from transformers.cache_utils import DFlashCache
+
+from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
+from hf_d2sd.drafting import Drafter, draft_head
+from hf_d2sd.modeling import CACHE_NAME
+from hf_d2sd.modeling.formats_d2sd import drafter_shapes, translate_config
+
+GAMMA, CONTEXT = 5, 9
+SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=4)
+
+
+def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(1, GAMMA, WIDTH, generator=generator)
+    return embeds, torch.randn(1, CONTEXT, 2 * WIDTH, generator=generator)
+
+
+@torch.no_grad()
+def output(model) -> torch.Tensor:
+    """(γ, H)."""
+    embeds, features = inputs()
+    return model(noise_embeds=embeds, context_hidden_states=features).last_hidden_state[0]
+
+
+@torch.no_grad()
+def native_output(path) -> torch.Tensor:
+    """Of Transformers' own class, with the cache that its decoding gives it."""
+    model = AutoModel.from_pretrained(path)
+    assert type(model).__name__ == "MuseGlimmerAssistantModel"
+    cache = DFlashCache(config=model.config)
+    cache.set_previous_accepted_tokens(CONTEXT)
+    embeds, features = inputs()
+    return model(embeds, features, use_cache=True, **{CACHE_NAME: cache}).last_hidden_state[0]
+
+
+@torch.no_grad()
+def output_by_rule(model, window: int | None, causal: bool) -> torch.Tensor:
+    """The same of a sliding and a full layer, W = `window` by z-lab's rule: q - k < W, and k - q < W if not causal."""
+    embeds, features = inputs()
+    position = torch.arange(CONTEXT + GAMMA)
+    query, key = position[CONTEXT:, None], position[None]
+    near = query - key < window
+    near &= key <= query if causal else key - query < window
+    masks = {"sliding_attention": near[None, None], "full_attention": torch.ones_like(near)[None, None]}
+    return model(noise_embeds=embeds, context_hidden_states=features, attention_mask=masks).last_hidden_state[0]
+
+
+def load(path, **options) -> D2SDDrafterModel:
+    return D2SDDrafterModel.from_pretrained(path, **options)
+
+
+def decodes(drafter) -> bool:
+    """Whether a pair of it and itself gives the target's greedy text."""
+    target, options = tiny_target(), dict(do_sample=False, max_new_tokens=16)
+    pair = D2SDAssistant.from_drafters(drafter, drafter)
+    ours = target.generate(prompt(), assistant_model=pair, **options)
+    return ours.tolist() == target.generate(prompt(), **options).tolist()
+
+
+class TestDFlash:
+    """z-lab's and SpecForge's layout."""
+
+    def test_it_computes_what_transformers_own_assistant_does(self, tmp_path):
+        ours = load(dflash(tmp_path / "a"))
+        torch.testing.assert_close(output(ours), native_output(native(tmp_path / "b")), atol=1e-5, rtol=1e-5)
+
+    def test_its_tensors_are_read_as_they_are(self, tmp_path):
+        state = load(dflash(tmp_path)).state_dict()
+        assert state.keys() == weights().keys()
+        assert all(torch.equal(state[name], value) for name, value in weights().items())
+
+    def test_its_configuration_means_the_same(self, tmp_path):
+        config = load(dflash(tmp_path)).config
+        assert (config.block_size, config.mask_token_id, config.target_layer_ids) == (5, 1, [0, 2])
+        assert (config.vocab_size, config.num_target_layers, config.rms_norm_eps) == (VOCAB, LAYERS, 1e-5)
+        assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5000.0}
+        assert config.layer_types == ["full_attention"] * 2 and config.causal_layer_types == []
+
+    def test_keys_may_stand_inside_dflash_config(self, tmp_path):
+        moved = {"block_size": 7, "num_target_layers": LAYERS}
+        path = dflash(tmp_path, inner=moved, block_size=None, num_target_layers=None)
+        assert load(path).config.block_size == 7
+        assert load(path).config.num_target_layers == LAYERS
+
+    def test_a_pair_of_paths_decodes_the_targets_text(self, tmp_path):
+        second = dflash(tmp_path / "b", inner={"training_mode": "vp_drafter", "prefix_weight_base": 0.9})
+        pair = D2SDAssistant.from_drafters(dflash(tmp_path / "a"), str(second))
+        assert decodes(pair.first)
+        pair.save_pretrained(tmp_path / "pair")
+        again = D2SDAssistant.from_pretrained(tmp_path / "pair")
+        assert torch.equal(output(again.second), output(pair.second))
+
+    def test_the_code_beside_it_is_never_run(self, tmp_path):
+        """A repository's own code is neither needed nor read: the file that auto_map names would end the process."""
+        path = dflash(tmp_path)
+        (path / "dflash.py").write_text("raise SystemExit('run')")
+        assert load(path, trust_remote_code=True).config.block_size == 5
+
+    @pytest.mark.parametrize(
+        ("changes", "causal"),
+        [
+            ({}, True),
+            ({"is_causal": False}, False),
+            ({"is_causal": True}, True),
+            ({"inner": {"causal": False}}, False),
+        ],
+        ids=str,
+    )
+    def test_windows_and_causal_blocks_follow_the_rule(self, changes, causal, tmp_path):
+        """Sliding layers are causal unless the config says otherwise; `is_causal` and `causal` hold for all layers."""
+        model = load(dflash(tmp_path, **{**SLIDING, **changes}))
+        wanted = {"is_causal": True} == changes
+        assert ("full_attention" in model.config.causal_layer_types) == wanted
+        if not wanted:
+            torch.testing.assert_close(output(model), output_by_rule(model, 4, causal), atol=1e-5, rtol=1e-5)
+            other = output_by_rule(model, 4, not causal)
+            assert not torch.allclose(output(model), other, atol=1e-3), "the rules differ here"
+        assert decodes(model)
+
+    def test_windows_by_use_swa_are_of_all_layers_and_look_both_ways(self, tmp_path):
+        config = load(dflash(tmp_path, inner={"use_swa": True, "swa_window_size": 6})).config
+        assert config.layer_types == ["sliding_attention"] * 2
+        assert config.sliding_window == 5 and config.causal_layer_types == []
+
+    def test_a_causal_head_sees_earlier_tokens_alone(self, tmp_path):
+        model = load(dflash(tmp_path, inner={"causal_head": True}))
+        embeds, features = inputs()
+        embeds.requires_grad_()
+        model(noise_embeds=embeds, context_hidden_states=features).last_hidden_state[0, 2].sum().backward()
+        assert embeds.grad[0].abs().sum(-1).gt(0).tolist() == [True, True, True, False, False]
+        assert decodes(model)
+
+    def test_yarn_is_honoured(self, tmp_path):
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+        plain, scaled = load(dflash(tmp_path / "a")), load(dflash(tmp_path / "b", rope_scaling=yarn))
+        same = native(tmp_path / "c", rope_parameters=yarn | {"rope_theta": 5000.0})
+        torch.testing.assert_close(output(scaled), native_output(same), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(output(plain), output(scaled), atol=1e-3)
+
+    def test_its_logits_are_scaled_and_capped_as_it_says(self, tmp_path):
+        model = load(dflash(tmp_path, output_multiplier=0.5, final_logit_softcapping=3.0))
+        head, hidden = tiny_target().get_output_embeddings(), output(model)
+        expected = 3 * torch.tanh(head(hidden) * 0.5 / 3)
+        torch.testing.assert_close(draft_head(model, head)(hidden), expected)
+
+    def test_another_scale_of_the_embedding_is_refused_at_bind_time(self, tmp_path):
+        pair = D2SDAssistant.from_drafters(dflash(tmp_path, input_embedding_scale=8.0))
+        with pytest.raises(ValueError, match="input_embedding_scale is 8.0, the target's is 1.0"):
+            tiny_target().generate(prompt(), assistant_model=pair)
+
+
+PRUNED = [2, 3, 5, 8, 13, 19, 22]
+
+
+def pruned_tensors(ids=PRUNED) -> dict[str, torch.Tensor]:
+    listed = torch.zeros(VOCAB, dtype=torch.bool)
+    listed[ids] = True
+    head = torch.randn(len(ids), WIDTH, generator=torch.Generator().manual_seed(5))
+    offsets = torch.tensor(ids) - torch.arange(len(ids))
+    return weights() | {"t2d": listed, "d2t": offsets, "lm_head.weight": head}
+
+
+class TestSpeculators:
+    @pytest.mark.parametrize("non_causal", [False, True])
+    def test_it_equals_its_twin_in_the_other_layout(self, non_causal, tmp_path):
+        """Layer ids are one higher there, and sliding layers are causal unless sliding_window_non_causal."""
+        ours = load(speculators(tmp_path / "a", layers=SLIDING, sliding_window_non_causal=non_causal))
+        twin = load(dflash(tmp_path / "b", inner={"causal": False} if non_causal else {}, **SLIDING))
+        assert torch.equal(output(ours), output(twin))
+        assert ours.config.target_layer_ids == twin.config.target_layer_ids == [0, 2]
+        assert ours.config.rope_parameters == twin.config.rope_parameters
+        assert decodes(ours)
+
+    def test_full_layers_see_the_whole_block_whatever_sliding_ones_do(self, tmp_path):
+        ours, twin = load(speculators(tmp_path / "a")), load(dflash(tmp_path / "b"))
+        assert torch.equal(output(ours), output(twin))
+
+    def test_a_pruned_vocabulary_is_read_from_the_offsets_with_the_head_beside_it(self, tmp_path):
+        tensors = pruned_tensors()
+        model = load(speculators(tmp_path, tensors=tensors, draft_vocab_size=len(PRUNED)))
+        assert model.draft_token_ids.tolist() == PRUNED
+        assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
+        drafter = Drafter(model, tiny_target())
+        logits = drafter._head(output(model))
+        torch.testing.assert_close(logits, output(model) @ tensors["lm_head.weight"].T)
+        assert decodes(model)
+
+    def test_a_pruned_drafter_drafts_only_its_tokens_by_its_own_head(self, tmp_path):
+        path = speculators(tmp_path, tensors=pruned_tensors(), draft_vocab_size=len(PRUNED))
+        pair = D2SDAssistant.from_drafters(path)
+        tiny_target().generate(prompt(), assistant_model=pair, do_sample=False, max_new_tokens=16, d2sd_trace=True)
+        drafted = {int(token) for cycle in pair.last_stats.trace for token in cycle.tokens[1:]}
+        assert drafted and drafted <= set(PRUNED)
+
+    def test_copies_of_the_targets_embedding_and_full_head_are_left_out(self, tmp_path):
+        """speculators replaces them by the target's own whenever it loads a drafter."""
+        copies = {"embed_tokens.weight": torch.randn(VOCAB, WIDTH), "lm_head.weight": torch.randn(VOCAB, WIDTH)}
+        model = load(speculators(tmp_path, tensors=weights() | copies))
+        assert model.state_dict().keys() == weights().keys()
+
+    def test_lists_that_differ_are_refused(self, tmp_path):
+        tensors = pruned_tensors()
+        tensors["t2d"] = tensors["t2d"].roll(1)
+        with pytest.raises(ValueError, match="t2d and d2t name different tokens"):
+            load(speculators(tmp_path, tensors=tensors, draft_vocab_size=len(PRUNED)))
+
+    def test_the_embeddings_output_is_no_feature(self, tmp_path):
+        with pytest.raises(ValueError, match=r"aux_hidden_state_layer_ids is \[0, 3\]"):
+            load(speculators(tmp_path, aux_hidden_state_layer_ids=[0, 3]))
+
+    def test_layers_of_llama_have_llamas_defaults(self):
+        layers = {**SPECULATORS_KEYS["transformer_layer_config"], "model_type": "llama"}
+        del layers["rms_norm_eps"]
+        config = D2SDDrafterConfig(**translate_config(SPECULATORS_KEYS | {"transformer_layer_config": layers}))
+        assert config.rms_norm_eps == 1e-6
+        assert config.num_key_value_heads == 2
+
+
+class TestTransformersOwn:
+    @pytest.mark.parametrize("changes", [{}, SLIDING], ids=["full", "sliding"])
+    def test_it_computes_what_the_native_class_does(self, changes, tmp_path):
+        path = native(tmp_path, **changes)
+        torch.testing.assert_close(output(load(path)), native_output(path), atol=1e-5, rtol=1e-5)
+
+    def test_it_serves_whatever_target_since_it_names_no_vocabulary(self, tmp_path):
+        model = load(native(tmp_path))
+        assert model.config.vocab_size is None
+        assert decodes(model)
+        assert load(native(tmp_path), vocab_size=VOCAB + 1).config.vocab_size == VOCAB + 1
+
+
+class TestPublishedConfigs:
+    """Keys as published repositories have them; their weights are not needed."""
+
+    def test_of_a_drafter_with_windows(self):
+        """z-lab/Qwen3.5-35B-A3B-DFlash: five sliding layers, then a full one; the window stands without a switch."""
+        config = D2SDDrafterConfig(
+            **translate_config(
+                {
+                    "architectures": ["DFlashDraftModel"],
+                    "model_type": "qwen3",
+                    "hidden_size": 2048,
+                    "num_hidden_layers": 6,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 8,
+                    "head_dim": 128,
+                    "intermediate_size": 6144,
+                    "vocab_size": 248320,
+                    "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+                    "sliding_window": 4096,
+                    "max_window_layers": 6,
+                    "dflash_config": {
+                        "block_size": 16,
+                        "mask_token_id": 248077,
+                        "target_layer_ids": [1, 6, 11, 16, 22, 27, 32, 37],
+                    },
+                    "num_target_layers": 40,
+                    "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+                }
+            )
+        )
+        assert (config.sliding_window, config.causal_layer_types) == (4095, ["sliding_attention"])
+        assert (config.block_size, config.mask_token_id, config.num_target_layers) == (16, 248077, 40)
+        assert drafter_shapes(config)["fc.weight"] == (2048, 8 * 2048)
+
+    def test_of_a_causal_head(self):
+        """JetSpec/jetspec-Qwen3.6-35B-A3B."""
+        config = D2SDDrafterConfig(
+            **translate_config(
+                {
+                    "architectures": ["DFlashDraftModel"],
+                    "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+                    "block_size": 16,
+                    "dflash_config": {
+                        "causal_head": True,
+                        "mask_token_id": 248070,
+                        "target_layer_ids": [1, 10, 19, 28, 37],
+                    },
+                    "dtype": "bfloat16",
+                    "hidden_size": 2048,
+                    "intermediate_size": 6144,
+                    "num_hidden_layers": 8,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 4,
+                    "head_dim": 128,
+                    "num_target_layers": 40,
+                    "vocab_size": 248320,
+                    "rope_parameters": {"rope_theta": 10000000, "rope_type": "default"},
+                    "rms_norm_eps": 1e-6,
+                }
+            )
+        )
+        assert config.causal_layer_types == ["full_attention"]
+        assert config.rope_parameters["rope_theta"] == 10000000
+        assert config.dtype == torch.bfloat16
+
+
+class TestWhatIsRefused:
+    """Drafters that need another network or decoding, each by its name."""
+
+    @pytest.mark.parametrize(
+        ("changes", "name"),
+        [
+            (dict(architectures=["DFlash2DraftModel"]), "DFlash2DraftModel"),
+            (dict(architectures=["DSparkDraftModel"]), "DSparkDraftModel"),
+            (dict(architectures=["DFlareDraftModel"]), "DFlareDraftModel"),
+            (dict(architectures=["Qwen3DSparkModel"], dflash_config=None), "Qwen3DSparkModel"),
+            (dict(inner={"projector_type": "domino"}), "Domino"),
+            (dict(inner={"shift_label": True}), "Domino"),
+            (dict(inner={"selector_rank": 64}), "DFlash 2"),
+            (dict(conv_kernel_size=2), "DFlash 2"),
+            (dict(markov_rank=256), "DSpark"),
+            (dict(inner={"attention_mode": "mla"}), "another attention"),
+            (dict(inner={"attention_sink_bias": True}), "attention sinks"),
+            (dict(rope_parameters={"full_attention": {"a": 1}, "sliding_attention": {"a": 2}}), "turn differently"),
+        ],
+        ids=str,
+    )
+    def test_in_the_dflash_layout(self, changes, name, tmp_path):
+        with pytest.raises(ValueError, match=name):
+            load(dflash(tmp_path, **changes))
+
+    @pytest.mark.parametrize(
+        ("changes", "name"),
+        [
+            (dict(speculators_model_type="dspark"), "'dspark'"),
+            (dict(speculators_model_type="dflash2"), "'dflash2'"),
+            (dict(speculators_model_type="eagle3"), "'eagle3'"),
+            (dict(sample_from_anchor=True), "samples from its anchor"),
+            (dict(projector_type="domino"), "Domino"),
+            (dict(shift_label=True), "Domino"),
+        ],
+        ids=str,
+    )
+    def test_in_the_layout_of_speculators(self, changes, name, tmp_path):
+        with pytest.raises(ValueError, match=name):
+            load(speculators(tmp_path, **changes))
+
+    def test_a_tensor_too_many_is_listed(self, tmp_path):
+        with pytest.raises(ValueError, match="unexpected: gru.weight"):
+            load(dflash(tmp_path, tensors=weights() | {"gru.weight": torch.zeros(2)}))
+
+    def test_a_model_that_is_no_drafter_is_named(self, tmp_path):
+        tiny_target().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="format 'llama'.*LlamaForCausalLM"):
+            load(tmp_path)
+
+    def test_a_single_drafter_is_no_pair(self, tmp_path):
+        with pytest.raises(ValueError, match="single drafter in another library's layout: .*from_drafters"):
+            D2SDAssistant.from_pretrained(dflash(tmp_path))
+
+    def test_what_lacks_its_layer_ids_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="no target_layer_ids"):
+            load(dflash(tmp_path, inner={"target_layer_ids": None}))
+
+
+def test_the_shapes_that_are_expected_are_those_of_the_model():
+    """Of every kind of drafter: with biases, without head norms, layer-wise, pruned, with a head of its own."""
+    for changes in (
+        {},
+        dict(attention_bias=True, qk_norm=False),
+        dict(feature_fusion="layerwise", draft_vocab_size=7),
+        dict(own_head=True),
+        dict(own_head=True, draft_vocab_size=7, target_hidden_size=24),
+    ):
+        config = D2SDDrafterConfig(**{**translate_config(DFLASH_KEYS), "model_type": "d2sd_drafter", **changes})
+        shapes = {name: tuple(tensor.shape) for name, tensor in D2SDDrafterModel(config).state_dict().items()}
+        assert drafter_shapes(config) == shapes
+
+
+@pytest.mark.parametrize("options", [dict(dtype=torch.bfloat16), dict(device_map="cpu"), dict(block_size=4)], ids=str)
+def test_options_of_loading_hold_for_other_layouts_too(options, tmp_path):
+    model = load(dflash(tmp_path), **options)
+    assert model.dtype == options.get("dtype", torch.float32)
+    assert model.config.block_size == options.get("block_size", 5)
+    assert not model.training
+    model, info = load(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert torch.equal(model.fc.weight, weights()["fc.weight"])
+
+
+def test_a_drafter_that_was_read_is_saved_in_this_librarys_layout(tmp_path):
+    model = load(speculators(tmp_path / "a", tensors=pruned_tensors(), draft_vocab_size=len(PRUNED)))
+    model.save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["model_type"] == "d2sd_drafter"
+    assert {"draft_token_ids", "lm_head.weight"} < load_file(tmp_path / "b" / "model.safetensors").keys()
+    assert torch.equal(output(load(tmp_path / "b")), output(model))
