@@ -2,6 +2,6 @@ from setuptools import setup
 
 # Two trees, one package: modeling/ is also what a drafter's Hub repository holds as remote code.
 setup(
-    packages=["hf_d2sd", "hf_d2sd.modeling", "hf_d2sd.training", "hf_d2sd.benchmark"],
+    packages=["hf_d2sd", "hf_d2sd.modeling", "hf_d2sd.training", "hf_d2sd.benchmark", "hf_d2sd.apps"],
     package_dir={"hf_d2sd": "src/hf_d2sd", "hf_d2sd.modeling": "modeling"},
 )
