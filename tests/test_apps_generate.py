@@ -164,7 +164,7 @@ def test_as_text_without_colours_sources_stand_in_brackets(folders, plain, monke
     shown = capsys.readouterr().out
     reply, rest = shown.split("plain decoding")
     assert "[" in reply and "{" in reply and "\x1b" not in shown
-    assert [word for word in reply.translate(str.maketrans("", "", "[]{}─")).split()] == plain[1].split()
+    assert reply.translate(str.maketrans("", "", "[]{}─")).split() == plain[1].split()
     assert "The same text both ways" in rest and "first drafter" in rest
 
 
@@ -173,11 +173,10 @@ def test_the_command_says_what_is_wrong_in_one_line(folders):
         main(["generate", "--target", "x", "--drafters", "y", "--prompt", " "])
 
 
-def in_terminal(arguments: list[str], **environment: str) -> str:
-    """What a command writes to a terminal of its own."""
+def test_a_terminal_shows_colours(folders):
     leader, follower = pty.openpty()
-    settings = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "60", "LINES": "20", **environment}
-    script = f"from hf_d2sd.cli import main; main({arguments!r})"
+    settings = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "60", "LINES": "20"}
+    script = f"from hf_d2sd.cli import main; main({command(folders, '--max_new_tokens', '8')!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", script], stdin=follower, stdout=follower, stderr=subprocess.DEVNULL, env=settings
     )
@@ -190,15 +189,8 @@ def in_terminal(arguments: list[str], **environment: str) -> str:
         pass
     os.close(leader)
     assert process.wait() == 0
-    return written.decode()
-
-
-@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
-def test_a_terminal_shows_colours_unless_they_are_not_wanted(folders, environment):
-    shown = in_terminal(command(folders, "--max_new_tokens", "8"), **environment)
-    assert ("\x1b[32m" in shown) is (not environment)
-    assert "tokens a target pass" in shown
-    assert "[first drafter]" in shown if environment else "[first drafter]" not in shown
+    shown = written.decode()
+    assert "\x1b[32mfirst drafter" in shown and "tokens a target pass" in shown
 
 
 class TestTranscript:
@@ -208,6 +200,13 @@ class TestTranscript:
             for piece in pieces:
                 transcript.add(piece)
         return console.file.getvalue()
+
+    @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
+    def test_sources_are_colours_unless_they_are_not_wanted(self, environment):
+        pieces = [Piece("a", "target"), Piece(" b", "first"), Piece(" c", "second")]
+        shown = self.write(pieces, force_terminal=True, color_system="standard", _environ=environment)
+        assert ("\x1b[32m b" in shown) is (not environment)
+        assert ("a[ b]{ c}" in shown) is bool(environment)
 
     def test_what_a_terminal_would_obey_is_not_written(self):
         shown = self.write([Piece("a\x1b[2J\rb\x9bc\td\n", "target")])

@@ -1,4 +1,4 @@
-"""A target and its drafters for a command: all that configs and the tokenizer tell is checked before weights are read."""
+"""A target and its drafters for a command; what configs and tokenizer tell is checked before weights are read."""
 
 import functools
 from collections.abc import Sequence
