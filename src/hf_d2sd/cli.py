@@ -16,6 +16,7 @@ COMMANDS = {
     "report": ("benchmark.report", "ReportOptions", "report_run"),
     "generate": ("apps.generate", "GenerateOptions", "generate"),
     "chat": ("apps.chat", "ChatOptions", "chat"),
+    "explain": ("apps.explain", "ExplainOptions", "explain"),
 }
 
 
