@@ -198,7 +198,8 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_in_a_browser_the_page_is_no_wider_than_the_window(folders, tmp_path, width):
-    explain(options(folders, tmp_path, tree_width=3, tree_budget=24))
+    long_blocks = list(map(str, save_word_drafters(tmp_path, block_size=16)))  # trees wider than a telephone
+    explain(options(folders, tmp_path, drafters=long_blocks))
     page = (tmp_path / "p.html").read_text(encoding="utf-8")
     page = re.sub(r"<meta http-equiv=[^>]*>", "", page)  # it would forbid the frame and the script of this test
     page = re.sub("<details", "<details open", page.replace(" open>", ">"))
