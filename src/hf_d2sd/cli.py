@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": ("apps.generate", "GenerateOptions", "generate"),
     "chat": ("apps.chat", "ChatOptions", "chat"),
     "explain": ("apps.explain", "ExplainOptions", "explain"),
+    "doctor": ("apps.doctor", "DoctorOptions", "doctor"),
 }
 
 

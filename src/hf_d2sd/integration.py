@@ -4,7 +4,8 @@ import copy
 import functools
 import hashlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .cache import TreeCache, check_supported, save_contexts, saved_contexts
 from .choosing import Choosers, Record
 from .decoding import DecodingOptions, decode
 from .drafting import DraftContext, Drafter
-from .modeling import CACHE_NAME, D2SDAssistant, D2SDDrafterModel
+from .modeling import CACHE_NAME, D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
 from .prompts import Prompt, join_records, join_sequences, read_prompt
 from .stats import D2SDStats
 from .target import Target
@@ -136,40 +137,64 @@ def bind(assistant: D2SDAssistant, target, tokenizer=None) -> None:
         ValueError: naming both values, for a mismatch of vocabulary, width, layers, special tokens or tokenizer, and
             for a missing mask token.
     """
-    text = target.config.get_text_config(decoder=True)
+    for misfit in find_misfits(assistant, target, tokenizer):
+        raise ValueError(misfit.words)
+
+
+class Misfit(NamedTuple):
+    """One way in which drafters are not a target's."""
+
+    subject: str  # vocabulary, width, layers, mask token or tokenizer
+    words: str  # with both values
+
+
+def find_misfits(assistant: D2SDAssistant, target, tokenizer=None) -> Iterator[Misfit]:
+    """All that `bind` refuses; of models their configs alone are read."""
     for role in ("first", "second"):
         drafter = getattr(assistant, role)
-        if drafter is None:
-            continue
-        config = drafter.config
-        expected = {
-            "vocab_size": (config.vocab_size, text.vocab_size),
-            "target_hidden_size": (config.target_hidden_size, text.hidden_size),
-            "hidden_size": (config.hidden_size, text.hidden_size),
-            "num_target_layers": (config.num_target_layers or text.num_hidden_layers, text.num_hidden_layers),
-        }
-        for name, (seen, wanted) in expected.items():
-            if seen != wanted:
-                raise ValueError(
-                    f"The {role} drafter does not fit {type(target).__name__}: its {name} is {seen}, the target's "
-                    f"is {wanted}. Use drafters that were trained for this target."
-                )
-        if max(config.target_layer_ids) >= text.num_hidden_layers:
-            raise ValueError(
-                f"The {role} drafter reads target layers {config.target_layer_ids}, but the target has "
-                f"{text.num_hidden_layers} layers (ids 0 to {text.num_hidden_layers - 1})."
+        if drafter is not None:
+            yield from _sizes_that_differ(role, drafter.config, target)
+            yield from _wrong_tokens(role, drafter.config, tokenizer)
+
+
+def _sizes_that_differ(role: str, config: D2SDDrafterConfig, target) -> Iterator[Misfit]:
+    text = target.config.get_text_config(decoder=True)
+    layers = text.num_hidden_layers
+    expected = (
+        ("vocabulary", "vocab_size", config.vocab_size, text.vocab_size),
+        ("width", "target_hidden_size", config.target_hidden_size, text.hidden_size),
+        ("width", "hidden_size", config.hidden_size, text.hidden_size),
+        ("layers", "num_target_layers", config.num_target_layers or layers, layers),
+    )
+    for subject, name, seen, wanted in expected:
+        if seen != wanted:
+            yield Misfit(
+                subject,
+                f"The {role} drafter does not fit {type(target).__name__}: its {name} is {seen}, the target's "
+                f"is {wanted}. Use drafters that were trained for this target.",
             )
-        if config.mask_token_id is None:
-            raise ValueError(
-                f"The {role} drafter's config has no mask_token_id: set it to the token it was trained with."
+    if max(config.target_layer_ids) >= layers:
+        yield Misfit(
+            "layers",
+            f"The {role} drafter reads target layers {config.target_layer_ids}, but the target has "
+            f"{layers} layers (ids 0 to {layers - 1}).",
+        )
+
+
+def _wrong_tokens(role: str, config: D2SDDrafterConfig, tokenizer) -> Iterator[Misfit]:
+    if config.mask_token_id is None:
+        yield Misfit(
+            "mask token",
+            f"The {role} drafter's config has no mask_token_id: set it to the token it was trained with.",
+        )
+    if tokenizer is not None and config.tokenizer_fingerprint is not None:
+        seen = tokenizer_fingerprint(tokenizer)
+        if seen != config.tokenizer_fingerprint:
+            yield Misfit(
+                "tokenizer",
+                f"The tokenizer passed to generate has fingerprint {seen}, the {role} drafter was trained with "
+                f"{config.tokenizer_fingerprint}: the same ids would mean other words.",
             )
-        if tokenizer is not None and config.tokenizer_fingerprint is not None:
-            seen = tokenizer_fingerprint(tokenizer)
-            if seen != config.tokenizer_fingerprint:
-                raise ValueError(
-                    f"The tokenizer passed to generate has fingerprint {seen}, the {role} drafter was trained with "
-                    f"{config.tokenizer_fingerprint}: the same ids would mean other words."
-                )
 
 
 def tokenizer_fingerprint(tokenizer) -> str:

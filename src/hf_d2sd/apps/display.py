@@ -3,11 +3,12 @@
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ..stats import D2SDStats
 from ..streaming import Piece
 from .answering import Answer, Comparison
+from .findings import Finding
 
 try:
     from rich.console import Console, Group
@@ -156,3 +157,25 @@ def verdict(comparison: Comparison, dtype: str) -> Text:
         return Text(f"{line}.")
     drafted, plain = comparison.drafted.tokens_per_second, comparison.plain.tokens_per_second
     return Text(f"{line}; {drafted:.1f} tokens/s with drafters, {plain:.1f} without: {ratio:.2f} times.")
+
+
+_LEVELS = {"fine": ("ok", "green"), "note": ("note", "yellow"), "wrong": ("WRONG", "bold red")}
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What `hf-d2sd doctor` found, a row each."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for finding in findings:
+        mark, style = _LEVELS[finding.level]
+        words = Text(visible(finding.words))
+        if finding.advice:
+            words.append(f"\n{visible(finding.advice)}", "italic")
+        table.add_row(Text(mark, style), Text(finding.check), words)
+    return table
+
+
+def findings_verdict(findings: Sequence[Finding]) -> Text:
+    wrong = [finding.check for finding in findings if finding.level == "wrong"]
+    if wrong:
+        return Text(f"Something is wrong: {', '.join(dict.fromkeys(wrong))}.", "bold red")
+    return Text("Nothing is wrong.", "bold green")
