@@ -13,7 +13,7 @@ from ..modeling import D2SDAssistant
 from .answering import AnswerOptions
 from .cards import published_acceptance, read_card
 from .findings import Finding, fine, note, wrong
-from .loading import Pair, PairOptions, PairPlan, chat_tokens, read_plan
+from .loading import Pair, PairOptions, PairPlan, chat_tokens, read_plan, refuse_too_long
 from .structure import check_structure
 
 PROMPTS = (
@@ -99,6 +99,8 @@ def examine(options: DoctorOptions) -> Iterator[Finding]:
     yield from found
     if any(finding.level == "wrong" for finding in found):
         return
+    from . import parity  # noqa: F401  # without what it needs nothing is loaded in vain
+
     try:
         pair = plan.load()
     except (ValueError, OSError, RuntimeError) as error:
@@ -125,8 +127,12 @@ def read_prompts(options: DoctorOptions, plan: PairPlan) -> list[Tensor]:
         texts = [turns[0] for turns in read_chats([options.prompts], options.max_prompts, seed=0)]
     texts = texts[: options.max_prompts]
     if plan.tokenizer.chat_template is None:
-        return [plan.tokenizer(text, return_tensors="pt").input_ids for text in texts]
-    return [chat_tokens(plan.tokenizer, [{"role": "user", "content": text}]) for text in texts]
+        prompts = [plan.tokenizer(text, return_tensors="pt").input_ids for text in texts]
+    else:
+        prompts = [chat_tokens(plan.tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    for input_ids in prompts:
+        refuse_too_long(input_ids.shape[1], options.max_new_tokens, plan)
+    return prompts
 
 
 def check_weights(assistant: D2SDAssistant) -> Iterator[Finding]:
