@@ -302,13 +302,13 @@ class TestDiagnosis:
 
 
 class TestTexts:
-    def reply(self, gap: float | None, resolution: float | None) -> parity.Reply:
+    def reply(self, gap: float | None = None, resolution: float = 0.0) -> parity.Reply:
         one = Answer([1, 2], [], 0.1, 0.1, D2SDStats(), [0, 1, 2], None)
         other = Answer([1, 3], [], 0.1, 0.1, D2SDStats(), [0, 1, 3], None)
         return parity.Reply(one, one if gap is None else other, gap, resolution)
 
     def test_a_near_tie_is_explained_by_its_gap(self):
-        found = parity.check_texts([self.reply(None, None), self.reply(0.125, 0.5)], "bfloat16")
+        found = parity.check_texts([self.reply(), self.reply(0.125, 0.5)], "bfloat16")
         assert found.level == "note" and "1 of 2" in found.words and "0.12 apart, which is rounding" in found.words
 
     def test_a_clear_difference_is_wrong(self):

@@ -105,7 +105,7 @@ def page_of(names: list[str], cycle: Cycle = CYCLE) -> Page:
     stats.add_first_tokens(1)
     stats.add_cycle(cycle.path, cycle.parents, cycle.depths, cycle.ranks, [0, 1, 1, 1, 2, 2])
     reply = [names[0], *(names[token] for token in cycle.emitted)]
-    return Page(names[0], reply, dict(enumerate(names)), stats, {names[0]: names[1]})
+    return Page(names[0], reply, dict(enumerate(names)), stats, [cycle], {names[0]: names[1]})
 
 
 NASTY = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "&lt;b&gt;", "</pre>", "'", "-->", "</style>"]

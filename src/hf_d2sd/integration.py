@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.utils import GenerationMixin
 
@@ -56,7 +56,7 @@ def _wrap(owner: type, name: str, wrapper) -> None:
     def wrapped(self, *args, **kwargs):
         return wrapper(stock, self, *args, **kwargs)
 
-    wrapped._hf_d2sd_wrapped = True
+    vars(wrapped)["_hf_d2sd_wrapped"] = True
     setattr(owner, name, wrapped)
 
 
@@ -127,7 +127,7 @@ def _unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[st
     return [reason for reason, holds in reasons.items() if holds]
 
 
-def bind(assistant: D2SDAssistant, target, tokenizer=None) -> None:
+def bind(assistant: D2SDAssistant, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Check that drafters were made for this target.
 
     Args:
@@ -148,7 +148,9 @@ class Misfit(NamedTuple):
     words: str  # with both values
 
 
-def find_misfits(assistant: D2SDAssistant, target, tokenizer=None) -> Iterator[Misfit]:
+def find_misfits(
+    assistant: D2SDAssistant, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[Misfit]:
     """All that `bind` refuses; of models their configs alone are read."""
     for role in ("first", "second"):
         drafter = getattr(assistant, role)
@@ -197,7 +199,7 @@ def _wrong_tokens(role: str, config: D2SDDrafterConfig, tokenizer) -> Iterator[M
             )
 
 
-def tokenizer_fingerprint(tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that differ for tokenizers whose vocabularies differ in any token or id."""
     entries = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from queue import Queue
 from typing import NamedTuple
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 
 from .modeling import D2SDAssistant
@@ -35,11 +36,11 @@ class SourceStreamer(BaseStreamer):
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
         assistant: D2SDAssistant | None = None,
         on_piece: Callable[[Piece], None] | None = None,
         timeout: float | None = None,
-        **decode_options,
+        **decode_options: bool,
     ):
         self._tokenizer, self._assistant, self._timeout = tokenizer, assistant, timeout
         self._decode_options = {"skip_special_tokens": True, **decode_options}

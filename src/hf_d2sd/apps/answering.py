@@ -1,12 +1,13 @@
 """One reply of a target, with drafters or without, timed from the outside."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 
 from ..modeling import CACHE_NAME
 from ..stats import D2SDStats
@@ -55,9 +56,10 @@ class Answer:
     pieces: list[Piece]
     first_token_seconds: float  # until the first token came: the prefill
     seconds: float  # from then on
-    stats: D2SDStats | None  # `None` for plain decoding
+    stats: D2SDStats  # empty for plain decoding
     sequence: list[int]  # prompt and reply
-    cache: object
+    cache: Cache
+    plain: bool = False  # without drafters
 
     @property
     def text(self) -> str:
@@ -70,13 +72,13 @@ class Answer:
 
     def report(self) -> dict:
         """For JSON."""
-        report = {
+        report: dict = {
             "text": self.text,
             "new_tokens": len(self.tokens),
             "first_token_seconds": round(self.first_token_seconds, 4),
             "tokens_per_second": round(self.tokens_per_second, 2),
         }
-        if self.stats is not None:
+        if not self.plain:
             report |= {
                 "mean_acceptance_length": round(self.stats.mean_acceptance_length, 3) if self.stats.cycles else None,
                 "acceptance_histogram": self.stats.acceptance_histogram,
@@ -103,10 +105,10 @@ class StopOnRequest(StoppingCriteria):
 class _Clock(SourceStreamer):
     """Also notes when the first token came."""
 
-    first_token_at: float | None = None
+    first_token_at = math.nan
 
     def put(self, value: Tensor) -> None:
-        if self.first_token_at is None and not self._prompt_is_next:
+        if math.isnan(self.first_token_at) and not self._prompt_is_next:
             self.first_token_at = time.perf_counter()
         super().put(value)
 
@@ -118,7 +120,7 @@ def answer(
     on_piece: Callable[[Piece], None] = lambda piece: None,
     *,
     plain: bool = False,
-    cache=None,
+    cache: Cache | None = None,
     stop: StopOnRequest | None = None,
     seed: int | None = None,
     max_new_tokens: int | None = None,
@@ -160,9 +162,10 @@ def answer(
         pieces=pieces,
         first_token_seconds=clock.first_token_at - started,
         seconds=ended - clock.first_token_at,
-        stats=None if plain else assistant.last_stats,
+        stats=D2SDStats() if assistant is None else assistant.last_stats,
         sequence=out.sequences[0].tolist(),
         cache=out[CACHE_NAME],
+        plain=plain,
     )
 
 

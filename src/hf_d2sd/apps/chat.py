@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from transformers import Cache
+
 from ..cache import keep_prefix
 from .answering import Answer, AnswerOptions, Comparison, StopOnRequest, answer
 from .generate import shows_text, text_output
@@ -41,7 +43,11 @@ class Conversation:
         system = self._options.system
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self.last: Answer | None = None
-        self._cache, self._cached = None, []  # and the tokens that it holds
+        self._forget_cache()
+
+    def _forget_cache(self) -> None:
+        self._cache: Cache | None = None
+        self._cached: list[int] = []  # the tokens that it holds
 
     @property
     def turn(self) -> int:
@@ -66,7 +72,7 @@ class Conversation:
             **options,
         )
         self._cache = self.last.cache
-        self._cached = self.last.sequence[: self._cache.get_seq_length()]
+        self._cached = self.last.sequence[: self.last.cache.get_seq_length()]
         self._input_ids = input_ids
         self.messages = [*messages, {"role": "assistant", "content": self.last.text}]
         return self.last
@@ -79,7 +85,7 @@ class Conversation:
         shared = next((i for i, (a, b) in enumerate(zip(self._cached, tokens)) if a != b), len(self._cached))
         shared = min(shared, len(tokens) - 1)
         if self._cache is not None and (shared == 0 or not keep_prefix(self._cache, shared)):
-            self._cache, self._cached = None, []
+            self._forget_cache()
 
     def compare(self, **options) -> Comparison:
         """The last message answered with plain decoding, from its beginning.

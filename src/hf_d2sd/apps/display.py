@@ -92,7 +92,8 @@ class Speedometer:
     """The status of a reply in the making: its length, its speed, and tokens a pass."""
 
     def __init__(self, stats: Callable[[], D2SDStats | None]):
-        self._stats, self._count, self._since = stats, 0, None
+        self._stats, self._count = stats, 0
+        self._since: float | None = None  # when the first token came
 
     def tick(self) -> None:
         self._count += 1
@@ -128,7 +129,7 @@ def summary(answer: Answer) -> Table:
         "reply": f"{len(answer.tokens)} tokens, {answer.tokens_per_second:.1f} a second after the first, which took "
         f"{answer.first_token_seconds:.2f} s"
     }
-    if stats is not None:
+    if not answer.plain:
         counts = stats.tokens_by_source
         rows["sources"] = ", ".join(f"{LABELS[name]} {count}" for name, count in counts.items())
         if not math.isnan(stats.mean_acceptance_length):

@@ -43,13 +43,14 @@ def explain(options: ExplainOptions) -> dict:
 
 def make_page(options: ExplainOptions, tokenizer, prompt: list[int], reply: Answer, dtype: str) -> Page:
     """What the page shows, without a word of HTML."""
-    drawn = {token for cycle in reply.stats.trace for token in [*cycle.tokens, *cycle.emitted]}
+    drawn = {token for cycle in reply.stats.trace or [] for token in [*cycle.tokens, *cycle.emitted]}
     way = "greedy" if options.temperature == 0 else f"temperature {options.temperature}, seed {options.seed}"
     return Page(
         prompt=tokenizer.decode(prompt),
         texts=token_texts(tokenizer, reply.tokens),
         names={token: token_name(tokenizer, token) for token in drawn},
         stats=reply.stats,
+        trace=reply.stats.trace or [],
         facts={
             "Target": public_name(options.target),
             "Drafters": ", ".join(map(public_name, options.drafters)),

@@ -27,10 +27,12 @@ class PromptOptions(AnswerOptions):
 
     def read_prompt(self) -> str:
         """Raises `ValueError` where it is empty, and `OSError` where its file cannot be read."""
-        prompt = self.prompt
-        if self.prompt_file is not None:
-            from_stdin = str(self.prompt_file) == "-"
-            prompt = sys.stdin.read() if from_stdin else Path(self.prompt_file).read_text(encoding="utf-8")
+        if self.prompt_file is None:
+            prompt = self.prompt or ""
+        elif str(self.prompt_file) == "-":
+            prompt = sys.stdin.read()
+        else:
+            prompt = Path(self.prompt_file).read_text(encoding="utf-8")
         if not prompt.strip():
             raise ValueError(f"The prompt is empty: {prompt!r}.")
         return prompt
@@ -46,18 +48,17 @@ class GenerateOptions(PromptOptions):
 def generate(options: GenerateOptions) -> dict | None:
     """Answer; shown in a terminal, returned for JSON anywhere else."""
     plan, input_ids = prepare(options)
-    as_text = shows_text(options)
-    show = text_output() if as_text else None
+    output = text_output() if shows_text(options) else None
     pair = plan.load()
     if options.compare:  # the first passes of either way prepare what later ones use again
         for plain in (False, True):
             answer(pair, options, input_ids, plain=plain, max_new_tokens=min(8, options.max_new_tokens))
     run = functools.partial(answer, pair, options, input_ids)
-    ask = functools.partial(show.reply, run, pair) if as_text else run
+    ask = run if output is None else functools.partial(output.reply, run, pair)
     drafted = ask()
     comparison = Comparison(drafted, ask(plain=True)) if options.compare else None
-    if as_text:
-        show.summary(drafted, comparison, pair)
+    if output is not None:
+        output.summary(drafted, comparison, pair)
         return None
     report = {"prompt_tokens": input_ids.shape[1], **drafted.report()}
     return report | ({"plain": comparison.report()} if comparison is not None else {})

@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from ..decoding import BRANCH_SOURCES
@@ -63,7 +71,7 @@ class PairPlan:
     options: PairOptions
     target_config: PreTrainedConfig
     pair_config: D2SDConfig
-    tokenizer: object
+    tokenizer: PreTrainedTokenizerBase
 
     @property
     def max_length(self) -> int | None:
@@ -71,7 +79,7 @@ class PairPlan:
         return getattr(self.target_config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     @functools.cached_property
-    def empty_target(self):
+    def empty_target(self) -> PreTrainedModel:
         """The target without weights."""
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.target_config)
@@ -94,8 +102,8 @@ class PairPlan:
 class Pair:
     """A target, its tokenizer, and its drafters, ready to decode."""
 
-    target: object
-    tokenizer: object
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     assistant: D2SDAssistant
 
 
@@ -122,7 +130,7 @@ def read_plan(options: PairOptions) -> PairPlan:
     return PairPlan(options, config, pair_config, AutoTokenizer.from_pretrained(options.target))
 
 
-def chat_tokens(tokenizer, messages: list[dict[str, str]]) -> Tensor:
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Tensor:
     """(1, L): the conversation as the chat template writes it, up to where the reply begins.
 
     Raises:

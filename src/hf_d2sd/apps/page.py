@@ -24,17 +24,18 @@ class Page:
     prompt: str
     texts: list[str]  # what each token of the reply added
     names: dict[int, str]  # of the tokens in trees, each by itself
-    stats: D2SDStats  # with a trace
+    stats: D2SDStats
+    trace: list[Cycle]
     facts: dict[str, str]
 
     @property
     def cycles(self) -> list[tuple[int, Cycle]]:
         """Each cycle with how many tokens of the reply stand before its own; the first token is the prefill's."""
         starts, start = [], 1
-        for cycle in self.stats.trace:
+        for cycle in self.trace:
             starts.append(start)
             start += len(cycle.emitted)
-        return list(zip(starts, self.stats.trace))
+        return list(zip(starts, self.trace))
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ class Placed:
     column: int
     fork: int | None  # the row that its line comes down from; `None`: the one it stands in
     fate: str  # anchor, accepted, chosen (the target's own token), rejected, or unreached: below a rejected one
-    confidence: float | None
-    reached: float | None  # the estimated probability of the whole path
-    rank: int
+    confidence: float = 1.0
+    reached: float = 1.0  # the estimated probability of the whole path
+    rank: int = 0
 
 
 def render(page: Page) -> str:
@@ -268,7 +269,7 @@ def lay_out(cycle: Cycle) -> list[Placed]:
         below = sorted(children.get(node, []), key=lambda child: (child not in path, -cycle.scores[child], child))
         on_line = node != path[-1]  # after the last accepted node the line goes on with the target's own token
         if not on_line:
-            own = Placed(cycle.emitted[-1], "target", row, cycle.depths[node] + 1, None, "chosen", None, None, 0)
+            own = Placed(cycle.emitted[-1], "target", row, cycle.depths[node] + 1, None, "chosen")
             placed.append(own)
         for child in below:
             if on_line:

@@ -30,8 +30,8 @@ class Reply:
 
     plain: Answer
     drafted: Answer
-    gap: float | None  # between the logits of the two tokens where the texts part
-    resolution: float | None  # what such logits can differ by, for rounding alone
+    gap: float | None = None  # between the logits of the two tokens where the texts part
+    resolution: float = 0.0  # what such logits can differ by, for rounding alone
 
     @property
     def row(self) -> Row:
@@ -43,7 +43,7 @@ class Reply:
 def reply_both_ways(pair: Pair, options: AnswerOptions, input_ids: Tensor) -> Reply:
     plain, drafted = (answer(pair, options, input_ids, plain=way) for way in (True, False))
     if plain.tokens == drafted.tokens:
-        return Reply(plain, drafted, None, None)
+        return Reply(plain, drafted)
     return Reply(plain, drafted, *_gap(pair, plain, drafted))
 
 
@@ -62,12 +62,12 @@ def _gap(pair: Pair, plain: Answer, drafted: Answer) -> tuple[float, float]:
 def check_texts(replies: Sequence[Reply], dtype: str) -> Finding:
     """In words, whether greedy texts with drafters are the plain ones, and how near the tokens were if not."""
     tokens = sum(len(reply.plain.tokens) for reply in replies)
-    parted = [reply for reply in replies if reply.gap is not None]
+    parted = [(reply.gap, reply.resolution) for reply in replies if reply.gap is not None]
     ran = f"{len(replies)} prompts, {tokens} tokens, {dtype}"
     if not parted:
         return fine("texts", f"With drafters the greedy texts are those of plain generate ({ran}).")
-    gaps = ", ".join(f"{reply.gap:.2g}" for reply in parted)
-    if all(reply.gap <= reply.resolution for reply in parted):
+    gaps = ", ".join(f"{gap:.2g}" for gap, _ in parted)
+    if all(gap <= resolution for gap, resolution in parted):
         return note(
             "texts",
             f"{len(parted)} of {len(replies)} greedy texts part from plain generate's where the target's two best "
@@ -94,7 +94,7 @@ def check_forwards(pair: Pair, rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _check_forward(target, role: str, model: D2SDDrafterModel, rows: Sequence[Row], kept: list[int]) -> Finding:
-    pairs = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for row in rows:
         anchors = _anchors(row, model.config.block_size)
         wanted = training_logits(target, model, row, [(anchor, v) for anchor in anchors for v in kept])
@@ -144,7 +144,9 @@ def decoding_logits(target, model: D2SDDrafterModel, row: Row, anchor: int, kept
     drafter.extend(TargetPass(output.last_hidden_state, states), [anchor])
     block = row.tokens[anchor : anchor + size].to(target.device)
     paths = Paths(block[1:].expand(1, len(kept), -1), torch.tensor([kept], device=target.device))
-    logits = drafter.redraft_paths(block[:1], paths, size).logits[0]  # (K, γ-1, V')
+    logits = drafter.redraft_paths(block[:1], paths, size).logits
+    assert logits is not None
+    logits = logits[0]  # (K, γ-1, V')
     temperatures = model.config.confidence_temperatures or [1.0] * (size - 1)
     logits = logits * logits.new_tensor(temperatures)[:, None]
     return [own[v:] for own, v in zip(logits, kept)]
