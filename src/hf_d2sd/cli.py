@@ -6,7 +6,7 @@ import sys
 
 from transformers import HfArgumentParser
 
-# name: module, its options (a dataclass), its function
+# name: module, its options (a dataclass), its function: what that returns is printed, unless it has shown it itself
 COMMANDS = {
     "distill": ("training.distill", "DistillOptions", "distill"),
     "train": ("training.trainer", "TrainOptions", "train"),
@@ -17,6 +17,10 @@ COMMANDS = {
     "export": ("hub.export", "ExportOptions", "export"),
     "card": ("hub.card", "CardOptions", "card"),
     "push": ("hub.push", "PushOptions", "push"),
+    "generate": ("apps.generate", "GenerateOptions", "generate"),
+    "chat": ("apps.chat", "ChatOptions", "chat"),
+    "explain": ("apps.explain", "ExplainOptions", "explain"),
+    "doctor": ("apps.doctor", "DoctorOptions", "doctor"),
 }
 
 
@@ -33,9 +37,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = HfArgumentParser(options_class, prog=f"hf-d2sd {name}", description=options_class.__doc__)
     try:
         (options,) = parser.parse_args_into_dataclasses(arguments[1:])
-        print(json.dumps(getattr(module, function_name)(options)))
-    except (ValueError, OSError, FloatingPointError) as error:
+        result = getattr(module, function_name)(options)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         raise SystemExit(f"hf-d2sd {name}: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    if result is not None:
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -304,9 +304,10 @@ def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor],
     if model.config.draft_vocab_size is None:
         return functools.partial(_call_where_it_is, head)
     known = getattr(model, "_pruned_head", None)
-    if known is not None and known[0]() is head:
+    plain = type(head) is nn.Linear and head.weight.device.type != "meta"
+    if known is not None and known[0]() is head and (not plain or known[1].weight.dtype == head.weight.dtype):
         return known[1]
-    if type(head) is nn.Linear and head.weight.device.type != "meta":
+    if plain:
         ids = model.draft_token_ids.to(head.weight.device)
         weight = head.weight.detach()[ids]
         bias = head.bias.detach()[ids] if head.bias is not None else None

@@ -5,11 +5,12 @@ import functools
 import hashlib
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.utils import GenerationMixin
 
@@ -17,7 +18,7 @@ from .cache import TreeCache, check_supported, save_contexts, saved_contexts
 from .choosing import Choosers, Record
 from .decoding import DecodingOptions, decode
 from .drafting import DraftContext, Drafter
-from .modeling import CACHE_NAME, D2SDAssistant, D2SDDrafterModel
+from .modeling import CACHE_NAME, D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
 from .prompts import Prompt, join_records, join_sequences, read_prompt
 from .stats import D2SDStats
 from .target import Target
@@ -56,7 +57,7 @@ def _wrap(owner: type, name: str, wrapper) -> None:
     def wrapped(self, *args, **kwargs):
         return wrapper(stock, self, *args, **kwargs)
 
-    wrapped._hf_d2sd_wrapped = True
+    vars(wrapped)["_hf_d2sd_wrapped"] = True
     setattr(owner, name, wrapped)
 
 
@@ -129,7 +130,7 @@ def _unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[st
     return [reason for reason, holds in reasons.items() if holds]
 
 
-def bind(assistant: D2SDAssistant, target, tokenizer=None) -> None:
+def bind(assistant: D2SDAssistant, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Check that drafters were made for this target.
 
     Args:
@@ -139,51 +140,80 @@ def bind(assistant: D2SDAssistant, target, tokenizer=None) -> None:
         ValueError: naming both values, for a mismatch of vocabulary, width, layers, special tokens or tokenizer, and
             for a missing mask token.
     """
-    text = target.config.get_text_config(decoder=True)
-    embed = target.get_input_embeddings()
-    scale = float(getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0)))
+    for misfit in find_misfits(assistant, target, tokenizer):
+        raise ValueError(misfit.words)
+
+
+class Misfit(NamedTuple):
+    """One way in which drafters are not a target's."""
+
+    subject: str  # vocabulary, width, layers, mask token or tokenizer
+    words: str  # with both values
+
+
+def find_misfits(
+    assistant: D2SDAssistant, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[Misfit]:
+    """All that `bind` refuses; of models their configs alone are read."""
     for role in ("first", "second"):
         drafter = getattr(assistant, role)
-        if drafter is None:
-            continue
-        config = drafter.config
-        expected = {
-            "vocab_size": (config.vocab_size or text.vocab_size, text.vocab_size),
-            "target_hidden_size": (config.target_hidden_size, text.hidden_size),
-            "hidden_size": (config.hidden_size, text.hidden_size),
-            "input_embedding_scale": (_or_near(config.input_embedding_scale, scale), scale),
-            "num_target_layers": (config.num_target_layers or text.num_hidden_layers, text.num_hidden_layers),
-        }
-        for name, (seen, wanted) in expected.items():
-            if seen != wanted:
-                raise ValueError(
-                    f"The {role} drafter does not fit {type(target).__name__}: its {name} is {seen}, the target's "
-                    f"is {wanted}. Use drafters that were trained for this target."
-                )
-        if max(config.target_layer_ids) >= text.num_hidden_layers:
-            raise ValueError(
-                f"The {role} drafter reads target layers {config.target_layer_ids}, but the target has "
-                f"{text.num_hidden_layers} layers (ids 0 to {text.num_hidden_layers - 1})."
+        if drafter is not None:
+            yield from _sizes_that_differ(role, drafter.config, target)
+            yield from _wrong_tokens(role, drafter.config, tokenizer)
+
+
+def _sizes_that_differ(role: str, config: D2SDDrafterConfig, target) -> Iterator[Misfit]:
+    text = target.config.get_text_config(decoder=True)
+    layers = text.num_hidden_layers
+    expected = (
+        ("vocabulary", "vocab_size", config.vocab_size or text.vocab_size, text.vocab_size),
+        ("width", "target_hidden_size", config.target_hidden_size, text.hidden_size),
+        ("width", "hidden_size", config.hidden_size, text.hidden_size),
+        ("width", "input_embedding_scale", *_embedding_scales(config, target)),
+        ("layers", "num_target_layers", config.num_target_layers or layers, layers),
+    )
+    for subject, name, seen, wanted in expected:
+        if seen != wanted:
+            yield Misfit(
+                subject,
+                f"The {role} drafter does not fit {type(target).__name__}: its {name} is {seen}, the target's "
+                f"is {wanted}. Use drafters that were trained for this target.",
             )
-        if config.mask_token_id is None:
-            raise ValueError(
-                f"The {role} drafter's config has no mask_token_id: set it to the token it was trained with."
+    if max(config.target_layer_ids) >= layers:
+        yield Misfit(
+            "layers",
+            f"The {role} drafter reads target layers {config.target_layer_ids}, but the target has "
+            f"{layers} layers (ids 0 to {layers - 1}).",
+        )
+
+
+def _embedding_scales(config: D2SDDrafterConfig, target) -> tuple[float, float]:
+    """The scale of the target's embedding that a drafter wants, and the one it has; alike where nothing is known."""
+    embed = target.get_input_embeddings()
+    scale = getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0))
+    wanted = config.input_embedding_scale
+    if wanted is None or (torch.is_tensor(scale) and scale.is_meta) or math.isclose(wanted, scale, rel_tol=0.01):
+        return 1.0, 1.0
+    return wanted, float(scale)
+
+
+def _wrong_tokens(role: str, config: D2SDDrafterConfig, tokenizer) -> Iterator[Misfit]:
+    if config.mask_token_id is None:
+        yield Misfit(
+            "mask token",
+            f"The {role} drafter's config has no mask_token_id: set it to the token it was trained with.",
+        )
+    if tokenizer is not None and config.tokenizer_fingerprint is not None:
+        seen = tokenizer_fingerprint(tokenizer)
+        if seen != config.tokenizer_fingerprint:
+            yield Misfit(
+                "tokenizer",
+                f"The tokenizer passed to generate has fingerprint {seen}, the {role} drafter was trained with "
+                f"{config.tokenizer_fingerprint}: the same ids would mean other words.",
             )
-        if tokenizer is not None and config.tokenizer_fingerprint is not None:
-            seen = tokenizer_fingerprint(tokenizer)
-            if seen != config.tokenizer_fingerprint:
-                raise ValueError(
-                    f"The tokenizer passed to generate has fingerprint {seen}, the {role} drafter was trained with "
-                    f"{config.tokenizer_fingerprint}: the same ids would mean other words."
-                )
 
 
-def _or_near(value: float | None, wanted: float) -> float:
-    """`wanted` for a value that is missing or but rounded otherwise."""
-    return wanted if value is None or math.isclose(value, wanted, rel_tol=0.01) else value
-
-
-def tokenizer_fingerprint(tokenizer) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that differ for tokenizers whose vocabularies differ in any token or id."""
     entries = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]

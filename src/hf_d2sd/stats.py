@@ -96,7 +96,9 @@ class D2SDStats:
         size = 1 + sum(parent >= 0 for parent in columns[1])
         tokens, parents, depths, ranks, sources = (column[:size] for column in columns)
         names = [_SOURCE_NAMES[source] for source in sources]
-        self.trace.append(Cycle(row, tokens, parents, depths, scores[:size], ranks, names, path, emitted))
+        cycle = Cycle(row, tokens, parents, depths, scores[:size], ranks, names, path, emitted)
+        if self.trace is not None:
+            self.trace.append(cycle)
 
     def __str__(self) -> str:
         return (

@@ -16,7 +16,8 @@ from transformers.utils.logging import tqdm
 
 from .. import __version__
 from ..decoding import buffer_size
-from ..modeling import D2SDAssistant, D2SDConfig, D2SDDrafterModel
+from ..modeling import D2SDAssistant
+from ..pairs import load_assistant
 from .measuring import Measurement, measure
 from .options import BenchOptions
 from .probing import probe
@@ -274,13 +275,7 @@ def load_drafters(names: list[str], dtype: torch.dtype, device: torch.device) ->
     """A pair from one folder or id, or an assistant of a first drafter and perhaps a second."""
     if not names:
         return None
-    is_pair = isinstance(AutoConfig.from_pretrained(names[0]), D2SDConfig)
-    if is_pair:
-        assistant = D2SDAssistant.from_pretrained(names[0], dtype=dtype)
-    else:
-        drafters = [D2SDDrafterModel.from_pretrained(name, dtype=dtype) for name in names]
-        assistant = D2SDAssistant.from_drafters(*drafters)
-    return assistant.to(device).eval()
+    return load_assistant(names, dtype).to(device)
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -1,0 +1,154 @@
+"""A target and its drafters for a command; what configs and tokenizer tell is checked before weights are read."""
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from ..decoding import BRANCH_SOURCES
+from ..integration import bind, decoding_options
+from ..modeling import D2SDAssistant, D2SDConfig
+from ..pairs import load_assistant, read_pair_config, refuse_missing_folder
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class PairOptions:
+    target: str = field(metadata={"help": "folder or Hub id of the target"})
+    drafters: list[str] = field(
+        metadata={"help": "folder or Hub id of a pair, or of the first drafter; then, if there is one, of the second"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "auto: the target's checkpoint's", "choices": list(DTYPES)})
+    device: str | None = field(
+        default=None,
+        metadata={"help": "cpu, cuda, cuda:1, or auto: spread the target; default: a GPU, if there is one"},
+    )
+    num_branches: int | None = field(default=None, metadata={"help": "d2sd_num_branches (K); default: the pair's"})
+    tree_budget: int | None = field(default=None, metadata={"help": "d2sd_tree_budget; default: the pair's"})
+    tree_width: int | None = field(default=None, metadata={"help": "d2sd_tree_width (W); default: the pair's"})
+    levels: int | None = field(default=None, metadata={"help": "d2sd_levels; default: 2"})
+    block_size: int | None = field(default=None, metadata={"help": "d2sd_block_size (γ); default: the pair's"})
+    branch_source: str | None = field(
+        default=None, metadata={"help": "d2sd_branch_source; default: second", "choices": list(BRANCH_SOURCES)}
+    )
+    attention_backend: str | None = field(
+        default=None, metadata={"help": "d2sd_attention_backend; default: the fastest that can run"}
+    )
+    compile: bool = field(default=False, metadata={"help": "d2sd_compile: cycles of fixed shapes under torch.compile"})
+
+    def __post_init__(self):
+        if isinstance(self.drafters, str):
+            self.drafters = [self.drafters]
+        if not 1 <= len(self.drafters) <= 2:
+            raise ValueError(
+                f"--drafters names {len(self.drafters)} of {self.drafters}: name a pair, a first drafter, or a first "
+                "and a second drafter."
+            )
+
+    def d2sd_options(self) -> dict:
+        """The options of `generate` that were given."""
+        names = "num_branches tree_budget tree_width levels block_size branch_source attention_backend".split()
+        given = {f"d2sd_{name}": getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {**given, **({"d2sd_compile": True} if self.compile else {})}
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """What is known of a target and its drafters before their weights are read."""
+
+    options: PairOptions
+    target_config: PreTrainedConfig
+    pair_config: D2SDConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def max_length(self) -> int | None:
+        """The greatest number of tokens that the target has positions for."""
+        return getattr(self.target_config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    @functools.cached_property
+    def empty_target(self) -> PreTrainedModel:
+        """The target without weights."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.target_config)
+
+    @functools.cached_property
+    def empty_assistant(self) -> D2SDAssistant:
+        with torch.device("meta"):
+            return D2SDAssistant(self.pair_config)
+
+    def load(self) -> "Pair":
+        """Read the weights."""
+        options = self.options
+        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        target = AutoModelForCausalLM.from_pretrained(options.target, dtype=dtype, device_map=device).eval()
+        return Pair(target, self.tokenizer, load_assistant(options.drafters, target.dtype).to(target.device))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target, its tokenizer, and its drafters, ready to decode."""
+
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    assistant: D2SDAssistant
+
+
+def plan_pair(options: PairOptions) -> PairPlan:
+    """Read configs and tokenizer, and refuse what they already tell does not fit.
+
+    Raises:
+        ValueError: for folders that are not there, drafters of another target, or options out of range.
+        OSError: for what is there and is no model.
+    """
+    plan = read_plan(options)
+    bind(plan.empty_assistant, plan.empty_target, plan.tokenizer)
+    decoding_options(plan.empty_assistant, GenerationConfig(**options.d2sd_options()))
+    return plan
+
+
+def read_plan(options: PairOptions) -> PairPlan:
+    """The same without any comparison."""
+    for name in (options.target, *options.drafters):
+        refuse_missing_folder(name)
+    logging.disable_progress_bar()
+    pair_config = read_pair_config(options.drafters)
+    config = AutoConfig.from_pretrained(options.target)
+    return PairPlan(options, config, pair_config, AutoTokenizer.from_pretrained(options.target))
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Tensor:
+    """(1, L): the conversation as the chat template writes it, up to where the reply begins.
+
+    Raises:
+        ValueError: without a chat template, or where it refuses the messages.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("The target's tokenizer has no chat template. With --raw the prompt is taken as it is.")
+    rendered = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return rendered["input_ids"]
+
+
+def refuse_too_long(length: int, max_new_tokens: int, plan: PairPlan) -> None:
+    """Raises `ValueError` where prompt and reply together are longer than the target's positions."""
+    limit = plan.max_length
+    if limit is not None and length + max_new_tokens > limit:
+        raise ValueError(
+            f"The prompt has {length} tokens and max_new_tokens is {max_new_tokens}; the target has positions for "
+            f"{limit}. Shorten the prompt, or lower --max_new_tokens."
+        )

@@ -1,0 +1,40 @@
+"""Drafters as commands name them: a pair, a first drafter, or a first and a second one; folders or Hub ids."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from .modeling import D2SDAssistant, D2SDConfig, D2SDDrafterConfig
+
+
+def refuse_missing_folder(name: str) -> None:
+    """A name that can only be a folder must be one: asking the Hub for it would give a riddle for an error."""
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"There is no folder {name}: name a folder with a config.json, or a Hub id like org/name.")
+
+
+def read_pair_config(drafters: Sequence[str]) -> D2SDConfig:
+    """Of a pair, or of drafters that `load_assistant` would join."""
+    if is_pair(drafters[0]):
+        if len(drafters) == 2:
+            raise ValueError(
+                f"--drafters names {drafters[0]}, which is a pair, and {drafters[1]}: name the pair alone, or two "
+                "drafters."
+            )
+        return D2SDConfig.from_pretrained(drafters[0])
+    configs = [D2SDDrafterConfig.from_pretrained(name) for name in drafters]
+    return D2SDConfig(**dict(zip(("first", "second"), configs)), num_branches=4 if len(configs) == 2 else 0)
+
+
+def is_pair(name: str) -> bool:
+    config_dict, _ = PreTrainedConfig.get_config_dict(name)
+    return config_dict.get("model_type") == D2SDConfig.model_type
+
+
+def load_assistant(drafters: Sequence[str], dtype: torch.dtype) -> D2SDAssistant:
+    """A pair, or one or two drafters joined to an assistant."""
+    if is_pair(drafters[0]):
+        return D2SDAssistant.from_pretrained(drafters[0], dtype=dtype).eval()
+    return D2SDAssistant.from_drafters(*drafters, dtype=dtype)
