@@ -192,7 +192,7 @@ def _embedding_scales(config: D2SDDrafterConfig, target) -> tuple[float, float]:
     embed = target.get_input_embeddings()
     scale = getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0))
     wanted = config.input_embedding_scale
-    if wanted is None or (torch.is_tensor(scale) and scale.is_meta) or math.isclose(wanted, scale, rel_tol=0.01):
+    if wanted is None or (isinstance(scale, Tensor) and scale.is_meta) or math.isclose(wanted, scale, rel_tol=0.01):
         return 1.0, 1.0
     return wanted, float(scale)
 

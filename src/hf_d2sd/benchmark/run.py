@@ -16,8 +16,8 @@ from transformers.utils.logging import tqdm
 
 from .. import __version__
 from ..decoding import buffer_size
-from ..modeling import D2SDAssistant
-from ..pairs import load_assistant
+from ..modeling import D2SDAssistant, D2SDConfig
+from ..pairs import load_assistant, read_pair_config, refuse_missing_folder
 from .measuring import Measurement, measure
 from .options import BenchOptions
 from .probing import probe
@@ -49,6 +49,8 @@ def bench(options: BenchOptions) -> dict:
     from .report import report  # late: it needs rich and matplotlib
 
     prompts = read_suites(options.prompts, options.max_samples)
+    for name in (options.target, *options.drafters, *filter(None, [options.draft_lm])):
+        refuse_missing_folder(name)
     config = AutoConfig.from_pretrained(options.target)
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     drafter_config, given = read_drafters(options)
@@ -69,16 +71,16 @@ def bench(options: BenchOptions) -> dict:
     return report(options.out)
 
 
-def read_drafters(options: BenchOptions) -> tuple[object | None, set[str]]:
+def read_drafters(options: BenchOptions) -> tuple[D2SDConfig | None, set[str]]:
     """The config of the drafters, without weights, and what they and the draft LM make possible."""
-    given = {"draft_lm"} if options.draft_lm is not None else set()
+    given = set()
     if options.draft_lm is not None:
         AutoConfig.from_pretrained(options.draft_lm)
+        given.add("draft_lm")
     if not options.drafters:
         return None, given
-    config = AutoConfig.from_pretrained(options.drafters[0])
-    has_second = len(options.drafters) == 2 or getattr(config, "second", None) is not None
-    return config, given | ({"first", "second"} if has_second else {"first"})
+    config = read_pair_config(options.drafters)
+    return config, given | ({"first", "second"} if config.second is not None else {"first"})
 
 
 def begin_or_go_on(options: BenchOptions, strategies: list[Strategy]) -> None:
