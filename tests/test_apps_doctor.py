@@ -187,7 +187,7 @@ class TestWeights:
 
     def test_numbers_that_are_none(self, folders):
         self.change(folders[1], **{"norm.weight": torch.full((32,), torch.nan)})
-        assert "first drafter has numbers that are none in norm.weight" in self.weights(folders)
+        assert "not finite: norm.weight" in self.weights(folders)
 
     def test_a_matrix_of_zeros(self, folders):
         self.change(folders[2], **{"fc.weight": torch.zeros(32, 64)})
@@ -195,9 +195,9 @@ class TestWeights:
 
     def test_a_draft_vocabulary_that_is_none(self, folders):
         self.change(folders[1], draft_token_ids=torch.tensor([0, 1, 2, 3, 4, 5, 6, 6]))
-        assert "draft_token_ids are no 8 different tokens" in self.weights(folders)
+        assert "must hold different ids of the 31 tokens" in self.weights(folders)
         self.change(folders[1], draft_token_ids=torch.tensor([0, 1, 2, 3, 4, 5, 6, 31]))
-        assert "draft_token_ids are no 8 different tokens" in self.weights(folders)
+        assert "must hold different ids of the 31 tokens" in self.weights(folders)
 
     def test_tensors_of_another_model(self, folders):
         self.change(folders[1], stranger=torch.zeros(2))
