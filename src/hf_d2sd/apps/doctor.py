@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 
-import torch
 from torch import Tensor
 
 from ..attention import TreeAttention
