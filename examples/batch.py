@@ -1,6 +1,6 @@
 """Prompts of several lengths in one batch: each row accepts what it can, and leaves when it has ended.
 
-    python examples/batch.py --target HuggingFaceTB/SmolLM2-135M-Instruct
+python examples/batch.py --target HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import argparse
@@ -26,6 +26,7 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 assistant = D2SDAssistant.from_pretrained(args.pair)
 chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
 template = dict(add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True)
+target.generate(**tokenizer("warm-up", return_tensors="pt"), max_new_tokens=2)
 
 for rows in range(1, len(chats) + 1):
     inputs = tokenizer.apply_chat_template(chats[:rows], **template)

@@ -1,6 +1,6 @@
 """An image in the prompt: the target reads it, and the drafters follow its hidden states, whatever they came from.
 
-    python examples/image_prompt.py --target google/gemma-3-4b-it --drafters FIRST SECOND --image photo.png
+python examples/image_prompt.py --target google/gemma-3-4b-it --drafters FIRST SECOND --image photo.png
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A chat that goes on from the cache of the turn before: neither target nor drafters read the old turns again.
 
-    python examples/multi_turn.py --target HuggingFaceTB/SmolLM2-135M-Instruct
+python examples/multi_turn.py --target HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A text-generation pipeline takes the pair as its `assistant_model`; nothing else of it changes.
 
-    python examples/pipeline.py --target HuggingFaceTB/SmolLM2-135M-Instruct
+python examples/pipeline.py --target HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import argparse
@@ -23,6 +23,7 @@ args = parser.parse_args()
 assistant = D2SDAssistant.from_pretrained(args.pair)
 plain = pipeline("text-generation", args.target, dtype="float32")
 drafted = pipeline("text-generation", model=plain.model, tokenizer=plain.tokenizer, assistant_model=assistant)
+plain("warm-up", max_new_tokens=2)
 
 for question in QUESTIONS:
     chat, replies = [{"role": "user", "content": question}], {}

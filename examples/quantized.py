@@ -1,7 +1,7 @@
 """A target with int8 weights, and the pair it had before: drafters call its embedding and head, whatever they are.
 
-    pip install torchao
-    python examples/quantized.py --target HuggingFaceTB/SmolLM2-135M-Instruct
+pip install torchao
+python examples/quantized.py --target HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import argparse
@@ -32,6 +32,8 @@ for name, how in (("float32", {}), ("int8", int8)):
     plain = target.generate(**inputs, **options)
     drafted = target.generate(**inputs, **options, assistant_model=assistant)
     stats = assistant.last_stats
-    print(f"{name}: {stats.new_tokens} tokens in {stats.cycles + 1} target passes (plain: {stats.new_tokens}); ", end="")
+    print(
+        f"{name}: {stats.new_tokens} tokens in {stats.cycles + 1} target passes (plain: {stats.new_tokens}); ", end=""
+    )
     print(f"the same text as this target's plain one: {drafted.tolist() == plain.tolist()}")
     print(tokenizer.decode(drafted[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True), "\n")

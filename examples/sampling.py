@@ -1,6 +1,6 @@
 """Sampling stays the target's own: a seed gives the text that plain `generate` gives for it, in fewer passes.
 
-    python examples/sampling.py --target HuggingFaceTB/SmolLM2-135M-Instruct
+python examples/sampling.py --target HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """The scripts of examples/, each on a small target: what they print is what plain `generate` gives."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -88,3 +89,17 @@ def test_an_image_prompt_gets_the_plain_text(tmp_path, monkeypatch, capsys):
     plain, drafted = (text.partition(" s: ")[2].strip() for text in texts)
     assert plain and plain == drafted
     assert last.startswith("9 prompt tokens with the image's; 8 tokens in")
+
+
+def test_a_stream_is_the_plain_text_with_its_sources(words, monkeypatch, capsys):
+    target, pair = words
+    out = run(
+        monkeypatch, capsys, "streaming", "--target", target, "--pair", pair, "--prompt", "f g", "--max-new-tokens", 8
+    )
+    text = re.sub(r"\033\[\d+m", "", out).partition("\n\nfirst drafter")[0]
+    model, tokenizer = tf.AutoModelForCausalLM.from_pretrained(target), tf.AutoTokenizer.from_pretrained(target)
+    chat = [{"role": "user", "content": "f g"}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=8)[0, inputs["input_ids"].shape[1] :]
+    assert text == tokenizer.decode(plain, skip_special_tokens=True)
+    assert len(text) > 3 and "8 tokens came in" in out
