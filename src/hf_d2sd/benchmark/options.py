@@ -95,11 +95,16 @@ class BenchOptions:
     def settled(self) -> dict:
         """What a run that goes on must have in common with the one before, as JSON."""
         changeable = {"out", "stop_after", "max_samples", "probes"}
-        return {
-            name: [str(v) for v in value] if name == "prompts" else value
-            for name, value in asdict(self).items()
-            if name not in changeable
-        }
+        values = {name: value for name, value in asdict(self).items() if name not in changeable}
+        for name in ("target", "drafters", "draft_lm", "prompts"):
+            value = values[name]
+            values[name] = [_shown(one) for one in value] if isinstance(value, list) else value and _shown(value)
+        return values
+
+
+def _shown(name: str | Path) -> str:
+    """Of a file or folder its own name: where it lies is nobody's business. Hub ids stay as they are."""
+    return Path(name).resolve().name if Path(name).exists() else str(name)
 
 
 _WAYS = {

@@ -237,11 +237,10 @@ def environment_lines(run: dict) -> list[str]:
     about, settings = run["environment"], run["settings"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     decoding = f"temperature {settings['temperature']}" if settings["temperature"] else "greedy"
-    drafters = ", ".join(map(_last_part, settings["drafters"])) or "none"
-    draft_lm = _last_part(settings["draft_lm"]) if settings["draft_lm"] else "none"
+    drafters = ", ".join(settings["drafters"]) or "none"
     machine = f"{about['gpu'] or about['processor']}, {about['threads']} threads"
     return [
-        f"Target: {_last_part(settings['target'])}; drafters: {drafters}; draft LM: {draft_lm}.",
+        f"Target: {settings['target']}; drafters: {drafters}; draft LM: {settings['draft_lm'] or 'none'}.",
         f"{settings['dtype']}, {decoding}, at most {settings['max_new_tokens']} new tokens, seed {settings['seed']}.",
         f"{machine}; {versions}; commit {about['commit'] or 'unknown'}; {about['started']} UTC.",
     ]
@@ -254,11 +253,6 @@ def strategies(result: Result) -> Table:
         rows.append([name, entry["about"], ", ".join(f"{key} {value}" for key, value in options.items()) or "–"])
     note = "What each name stands for; options without their d2sd_. Width 1 without a budget: all nodes are checked."
     return Table("Strategies", note, ["strategy", "what", "options"], rows)
-
-
-def _last_part(path: str) -> str:
-    """Of a folder its own name: where it lies is nobody's business."""
-    return path.rstrip("/").rpartition("/")[2] if path.startswith(("/", ".")) else path
 
 
 def _value(estimate: Estimate | None) -> float | None:
