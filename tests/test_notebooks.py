@@ -93,13 +93,13 @@ def test_train_your_own_runs_and_its_pair_pays(run):
 
 @pytest.mark.slow
 def test_benchmark_runs_and_counts_alike(run):
-    """Transformers' own loop and K = 0 check the same chain of the same drafter: the same tokens a pass."""
+    """Transformers' own loop and K = 0 check the same chain of the same drafter, give or take a pass."""
     text = run("benchmark")
     assert text.count("the same text as plain for 6 of 6 prompts") == 6
     table = text.partition("nodes\n")[2].splitlines()[:6]
     rows = {line[:20].strip(): list(map(float, line[20:].split())) for line in table}
     assert rows["plain"] == [1.0] * 4
-    assert rows["native DFlash"][:3] == pytest.approx(rows["first alone, K = 0"][:3], rel=0.02)
+    assert rows["native DFlash"][:3] == pytest.approx(rows["first alone, K = 0"][:3], rel=0.05)
     assert all(d2sd > first for d2sd, first in zip(rows["D²SD, K = 4"], rows["first alone, K = 0"]))
 
 
