@@ -120,6 +120,33 @@ def test_a_second_interrupt_is_a_real_one():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_an_answer_that_is_interrupted_for_good_is_as_if_never_asked(conversation):
+    conversation.ask(TURNS[0])
+    messages = list(conversation.messages)
+
+    def interrupt(piece) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conversation.ask(TURNS[2], on_piece=interrupt)
+    assert conversation.messages == messages
+    expected = plain_reply(conversation, [*messages, {"role": "user", "content": TURNS[1]}])
+    assert conversation.ask(TURNS[1]).text == expected
+
+
+def test_an_interrupt_between_answers_ends_a_script_and_not_a_chat_in_a_terminal(folders, monkeypatch, capsys):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Conversation, "ask", interrupt)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
+    with pytest.raises(KeyboardInterrupt):
+        chat(options(folders, format="json"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n"))
+    chat(options(folders, format="text"))
+    assert capsys.readouterr().out.count("/quit leaves the chat") == 2
+
+
 def test_a_conversation_that_grew_too_long_says_so_and_stays_as_it_was(conversation):
     conversation.ask(TURNS[0])
     messages = list(conversation.messages)
@@ -195,7 +222,7 @@ def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_chat(folders):
         os.close(leader)
 
 
-def read_until(leader: int, words: str, seconds: float = 60) -> str:
+def read_until(leader: int, words: str, seconds: float = 240) -> str:
     shown, end = "", time.monotonic() + seconds
     while words not in shown:
         assert time.monotonic() < end, f"{words!r} never came: {shown[-500:]!r}"

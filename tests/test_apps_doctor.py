@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
+from tiny import prompt, tiny_drafter, tiny_target
 from words import WORDS, save_word_drafters, save_word_target
 
 from hf_d2sd import D2SDAssistant, D2SDStats
@@ -20,7 +21,7 @@ from hf_d2sd.apps.diagnosis import Bench, check_roles, diagnose
 from hf_d2sd.apps.doctor import DoctorOptions, check_acceptance, check_weights, doctor, examine
 from hf_d2sd.apps.loading import Pair, chat_tokens
 from hf_d2sd.cli import main
-from hf_d2sd.training.shards import read_rows
+from hf_d2sd.training.shards import Row, read_rows
 
 ROOT = Path(__file__).parents[1]
 PAIR = ROOT / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
@@ -299,6 +300,30 @@ class TestDiagnosis:
         monkeypatch.setattr(parity.Drafter, "_positions", lambda *arguments: stock(*arguments) * 2)
         found = list(parity.check_forwards(healthy, rows))
         assert "does not compute what was trained" in words_of(found, "forward")
+
+
+KINDS = {
+    "plain": {},
+    "windows": dict(layer_types=["sliding_attention", "full_attention"], sliding_window=6),
+    "causal": dict(
+        layer_types=["sliding_attention", "full_attention"], sliding_window=6, causal_layer_types=["sliding_attention"]
+    ),
+    "layerwise": dict(feature_fusion="layerwise"),
+    "pruned": dict(draft_vocab_size=9),
+    "own head": dict(own_head=True),
+    "calibrated": dict(confidence_temperatures=[2.0, 0.5, 1.5, 3.0, 0.7]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
+def test_every_kind_of_drafter_decodes_as_it_is_trained(family, kind):
+    first, second = (tiny_drafter(6, seed=seed, **KINDS[kind]) for seed in (0, 1))
+    pair = Pair(tiny_target(family), None, D2SDAssistant.from_drafters(first, second))
+    rows = [Row(prompt(40, seed)[0], 15) for seed in (0, 1)]
+    found = list(parity.check_forwards(pair, rows))
+    assert [finding.level for finding in found] == ["fine", "fine"], found
+    assert "first: 4 blocks" in found[0].words and "second: 12 blocks" in found[1].words
 
 
 class TestTexts:

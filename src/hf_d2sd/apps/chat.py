@@ -124,6 +124,8 @@ def chat(options: ChatOptions) -> None:
                 break
         except ValueError as error:
             session.complain(str(error))
+        except KeyboardInterrupt:  # between answers, or the second one in an answer, which is then as if never asked
+            session.interrupted()
 
 
 def obey(line: str, conversation: Conversation, session: "_TextSession | _JsonSession") -> bool:
@@ -181,7 +183,7 @@ class _TextSession:
             try:
                 yield self._output.console.input("[bold]> [/bold]")
             except KeyboardInterrupt:
-                self.say("\n/quit leaves the chat.")
+                self.interrupted()
             except EOFError:
                 return
 
@@ -192,6 +194,9 @@ class _TextSession:
         self._output.console.print(text, style="dim", markup=False)
 
     complain = say
+
+    def interrupted(self) -> None:
+        self.say("\n/quit leaves the chat.")
 
     def show_answer(self, reply: Answer, stopped: bool) -> None:
         stats = reply.stats
@@ -231,6 +236,9 @@ class _JsonSession:
 
     def complain(self, text: str) -> None:
         self._write(error=text)
+
+    def interrupted(self) -> None:
+        raise KeyboardInterrupt  # a script is ended
 
     def show_answer(self, reply: Answer, stopped: bool) -> None:
         self._write(new_prompt_tokens=reply.stats.prompt_tokens, stopped=stopped, **reply.report())

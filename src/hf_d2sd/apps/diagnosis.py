@@ -182,7 +182,8 @@ def _other_mask(role: str, pair: Pair, bench: Bench, present: Trial) -> Finding 
     tokenizer, config = pair.tokenizer, model.config
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     special |= {drafter.config.mask_token_id for drafter in pair.assistant.drafters}
-    candidates = sorted(token for token in special if token != config.mask_token_id and token < config.vocab_size)
+    size = pair.target.config.get_text_config(decoder=True).vocab_size
+    candidates = sorted(token for token in special if token != config.mask_token_id and token < size)
     found = bench.best(model, _KEPT[role], [{"mask": token} for token in candidates[:64]])
     if found is None or not found[1].beats(present):
         return None
