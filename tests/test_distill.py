@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import transformers as tf
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from words import WORDS, save_word_target
 
 from hf_d2sd.cli import main
@@ -112,6 +113,14 @@ class TestPromptsOfItsOwn:
         assert {text.startswith("c a b") for text in texts} == {True, False}
         assert all(text.startswith(("c a b", "f g h i")) for text in texts)
         assert len(read_rows(tmp_path / "out")) <= 90
+
+    def test_progress_bars_may_be_off(self, target, tmp_path):
+        disable_progress_bar()
+        try:
+            distill(options(target, tmp_path / "out", self_prompts=2, batch_size=4))
+        finally:
+            enable_progress_bar()
+        assert read_rows(tmp_path / "out")
 
     def test_an_opening_may_have_several_lines(self, tmp_path):
         (tmp_path / "openings.txt").write_text("a\\nb\nc\n")

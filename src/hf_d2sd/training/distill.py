@@ -173,6 +173,7 @@ def write_prompts(writer: "Writer") -> list[str]:
         write_text_atomically(path, json.dumps({"prompts": texts}, ensure_ascii=False) + "\n")
 
     found: dict[str, None] = {}
+    shown = 0  # a bar that is switched off has no count of its own
     with tqdm(total=options.self_prompts, desc="prompts") as bar:
         for index in itertools.count():
             if len(found) >= options.self_prompts:
@@ -183,7 +184,8 @@ def write_prompts(writer: "Writer") -> list[str]:
                     "a user's turn that it writes. Pass prompts of your own with --prompts."
                 )
             found |= dict.fromkeys(json.loads(_wait_for(folder, index, write).read_text(encoding="utf-8"))["prompts"])
-            bar.update(min(len(found), options.self_prompts) - bar.n)
+            bar.update(min(len(found), options.self_prompts) - shown)
+            shown = min(len(found), options.self_prompts)
 
 
 def _wait_for(folder: Path, index: int, write: Callable[[Path], None], ahead: int = 8) -> Path:
