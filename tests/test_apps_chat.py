@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -196,9 +197,13 @@ def test_without_a_chat_template_there_is_no_chat(folders, tmp_path):
 def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_chat(folders):
     target, first, second = map(str, folders)
     arguments = ["chat", "--target", target, "--drafters", first, second, "--max_new_tokens", "2000"]
+    script = (  # a target that takes its time, so that the answer does not end before it is stopped
+        "import time; from hf_d2sd.apps import display; from hf_d2sd.cli import main; add = display.Transcript.add; "
+        f"display.Transcript.add = lambda *piece: (time.sleep(0.1), add(*piece)); main({arguments!r})"
+    )
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from hf_d2sd.cli import main; main({arguments!r})"],
+        [sys.executable, "-c", script],
         stdin=follower,
         stdout=follower,
         stderr=subprocess.DEVNULL,
@@ -225,6 +230,7 @@ def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_chat(folders):
 def read_until(leader: int, words: str, seconds: float = 240) -> str:
     shown, end = "", time.monotonic() + seconds
     while words not in shown:
-        assert time.monotonic() < end, f"{words!r} never came: {shown[-500:]!r}"
+        ready, _, _ = select.select([leader], [], [], max(end - time.monotonic(), 0))
+        assert ready, f"{words!r} never came: {shown[-500:]!r}"
         shown += os.read(leader, 65536).decode(errors="replace")
     return shown
