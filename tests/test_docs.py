@@ -1,6 +1,7 @@
 """What README.md, docs/ and cards show works: their Python runs, and their commands have the options they name."""
 
 import importlib
+import io
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer, HfArgumentParser
 from words import save_word_target
 
-from hf_d2sd.cli import COMMANDS
+from hf_d2sd.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "hub_cards").glob("*/README.md"))]
@@ -66,6 +67,52 @@ def test_commands_have_the_options_that_are_named(page, monkeypatch):
                 module, options, _ = COMMANDS[words[1]]
                 parser = HfArgumentParser(getattr(importlib.import_module(f"hf_d2sd.{module}"), options))
                 parser.parse_args_into_dataclasses(words[2:])
+
+
+# What makes a command of the pages one of seconds, after its own options.
+SMALLER = {
+    "distill": "--self_prompts 12 --max_new_tokens 16 --dtype float32",
+    "train": "--max_steps 2 --rows 2 --anchors 4 --eval_rows 1 --eval_tokens 4 --dtype float32 --mixed_precision no",
+    "calibrate": "--dtype float32",
+    "bench": "--max_samples 1 --max_new_tokens 6 --strategies d2sd --probes 1",
+    "generate": "--max_new_tokens 6",
+    "chat": "--max_new_tokens 6",
+    "explain": "--max_new_tokens 6",
+    "doctor": "--max_new_tokens 6 --max_prompts 1",
+}
+MADE = {"PAIR": "pair", "FIRST": "runs/first/best", "SECOND": "runs/second/best"}
+
+
+@pytest.mark.slow
+def test_commands_run(workplace, monkeypatch, capsys):
+    """Every command of README.md and docs/, in the order of the pages, so that they find what those before made."""
+    monkeypatch.chdir(workplace)
+    (workplace / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (workplace / "question.txt").write_text("a b c")
+    (workplace / "details.md").write_text("## Training\n\nNone.\n")
+    (workplace / "results.json").write_text((ROOT / "benchmarks/results/acceptance-smollm2.json").read_text())
+    ran = []
+    for page in PAGES:
+        for block in blocks(page, ""):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] != ["hf-d2sd"] or (words[1] == "push" and "--dry_run" not in words):
+                    continue
+                if words[1] in ("generate", "chat", "explain", "doctor"):  # by then the pair is there
+                    words = [
+                        {"PAIR": "pair", "FIRST": "runs/first/best", "SECOND": "runs/second/best"}.get(w, w)
+                        for w in words
+                    ]
+                ran.append((page, words))
+    ran.sort(key=lambda entry: entry[1][1] not in ("distill", "train", "calibrate", "join"))
+    for page, words in ran:
+        monkeypatch.setattr("sys.stdin", io.StringIO("a b\n"))
+        try:
+            main(words[1:] + shlex.split(SMALLER.get(words[1], "")))
+        except SystemExit as end:  # doctor finds that two steps make no drafter
+            assert words[1] == "doctor" and end.code in (0, 1), (page.name, words, end)
+    assert {words[1] for _, words in ran} >= set(COMMANDS) - {"report"}
+    assert capsys.readouterr().out.strip()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
