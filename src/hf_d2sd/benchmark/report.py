@@ -89,7 +89,7 @@ def markdown(result: Result) -> str:
     said = tables.overhead(result)
     for table in all_tables(result):
         parts += [f"\n## {table.title}\n", table.note, "", table.markdown()]
-        if said is not None and table.title == "Time by stage":
+        if said is not None and table.title == "All prompts":
             parts += ["", said]
     return "\n".join(parts) + "\n"
 
