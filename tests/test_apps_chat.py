@@ -113,6 +113,15 @@ def test_a_reply_that_is_stopped_stays_in_the_conversation(conversation):
     assert conversation.ask(TURNS[1]).text == plain_reply(conversation, messages)
 
 
+@pytest.fixture
+def heeded_interrupts():
+    """A process that was begun in the background may have been told to ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_interrupts")
 def test_a_second_interrupt_is_a_real_one():
     with pytest.raises(KeyboardInterrupt), stopped_by_interrupt() as stop:
         signal.raise_signal(signal.SIGINT)
@@ -198,7 +207,8 @@ def test_in_a_terminal_ctrl_c_ends_the_answer_and_not_the_chat(folders):
     target, first, second = map(str, folders)
     arguments = ["chat", "--target", target, "--drafters", first, second, "--max_new_tokens", "2000"]
     script = (  # a target that takes its time, so that the answer does not end before it is stopped
-        "import time; from hf_d2sd.apps import display; from hf_d2sd.cli import main; add = display.Transcript.add; "
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from hf_d2sd.apps import display; from hf_d2sd.cli import main; add = display.Transcript.add; "
         f"display.Transcript.add = lambda *piece: (time.sleep(0.1), add(*piece)); main({arguments!r})"
     )
     leader, follower = pty.openpty()
