@@ -261,6 +261,8 @@ class TestReports:
         text = " ".join(page.text)
         for title in (
             "Speed-up, all prompts",
+            "Speed-up, suite: short",
+            "α, suite: long",
             "Where rejections fall",
             "How right confidences are",
             "Time by stage",

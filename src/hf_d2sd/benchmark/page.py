@@ -86,7 +86,8 @@ def figures(result: Result) -> list[str]:
     compared = [name for name in result.names if name not in result.variants]
     probed = {name: result.probed(name) for name in compared if result.probed(name) and result.probed(name).cycles}
     made = []
-    for group in [EVERYTHING, *(result.suites if len(result.suites) > 1 else [])]:
+    alone = result.suites if len(result.suites) == 1 else []  # then it is all prompts
+    for group in (group for group in result.groups if group not in alone):
         title = "all prompts" if group == EVERYTHING else group
         made.append(
             _figure(
