@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from words import WORDS, save_word_target
 
@@ -89,6 +90,27 @@ class TestRows:
     def test_long_prompts_are_left_out(self, target, prompts, tmp_path):
         distill(options(target, tmp_path / "out", prompts=[prompts], max_prompt_tokens=4))
         assert {row.prompt_length for row in read_rows(tmp_path / "out")} == {4}
+
+    def test_prompts_that_were_answered_before_are_left_out(self, target, prompts, tmp_path):
+        distill(options(target, tmp_path / "some", prompts=[prompts], max_prompts=10))
+        some, folders = read_rows(tmp_path / "some"), [str(tmp_path / "some")]
+        counts = distill(options(target, tmp_path / "rest", prompts=[prompts], answered=folders))
+        rest = read_rows(tmp_path / "rest")
+        distill(options(target, tmp_path / "all", prompts=[prompts]))
+        assert 0 < counts["rows"] == 28 - len(some)
+        assert as_text(some + rest) == as_text(read_rows(tmp_path / "all"))
+
+    def test_answered_without_rows(self, target, prompts, tmp_path):
+        with pytest.raises(ValueError, match="has no rows"):
+            distill(options(target, tmp_path / "rest", prompts=[prompts], answered=[str(tmp_path)]))
+
+    @pytest.mark.parametrize(("largest", "size"), [(2**16 - 1, 2), (2**16, 4), (200_000, 4)])
+    def test_tokens_take_two_bytes_where_they_fit(self, tmp_path, largest, size):
+        rows = [Row(torch.tensor([5, largest, 7]), 1), Row(torch.tensor([0, 9]), 2)]
+        write_shard(tmp_path / "rows-00000.safetensors", rows)
+        assert as_text(read_rows(tmp_path)) == as_text(rows)
+        tokens = load_file(tmp_path / "rows-00000.safetensors")["tokens"]
+        assert tokens.element_size() == size
 
     def test_repetitions_are_dropped(self):
         assert without_repetitions([["A b"], ["a  B "], ["a b", "c"], ["c"]]) == [["A b"], ["a b", "c"], ["c"]]

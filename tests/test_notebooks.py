@@ -1,7 +1,9 @@
 """The notebooks of examples/: they run from top to bottom, and what they show is kept without a trace of a machine."""
 
 import re
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import nbformat
@@ -57,6 +59,43 @@ class TestKept:
         first = code_cells(nbformat.read(path, as_version=4))[0].source
         setup = code_cells(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source
         assert first == setup and 'find_spec("hf_d2sd") is None' in first
+
+
+@pytest.fixture
+def bare_python(tmp_path):
+    """The Python of an environment that has all packages of this one but hf-d2sd."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True).stdout.strip()
+    (Path(own) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    assert subprocess.run([python, "-c", "import torch, hf_d2sd"], capture_output=True).returncode
+    return python
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["in a clone", "elsewhere", "elsewhere, without an address"])
+def test_the_first_cell_installs_the_library(bare_python, tmp_path, where):
+    """As a newcomer runs it; pip builds the package and finds its requirements there."""
+    cell = code_cells(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source
+    folder = tmp_path / "clone" / "examples" if where == "in a clone" else tmp_path / "content"
+    if where == "in a clone":
+        subprocess.run(["git", "clone", "--quiet", FOLDER.parent, tmp_path / "clone"], check=True)
+    else:
+        folder.mkdir()
+    if where == "elsewhere":
+        assert 'REPOSITORY = ""' in cell
+        cell = cell.replace('REPOSITORY = ""', f'REPOSITORY = "file://{FOLDER.parent}"')
+    check = "import hf_d2sd, os; print(hf_d2sd.__file__, os.path.exists('../hub_cards'))"
+    (folder / "cell.ipy").write_text(f"{cell}\n{check}\n")
+    done = subprocess.run(
+        [bare_python, "-m", "IPython", "--no-banner", "cell.ipy"], cwd=folder, capture_output=True, text=True
+    )
+    if where.endswith("address"):
+        assert "Set REPOSITORY to the address that `git clone` takes" in done.stdout + done.stderr
+    else:
+        found, pair_is_there = done.stdout.splitlines()[-1].split()
+        assert Path(found).is_relative_to(tmp_path / "venv") and pair_is_there == "True", done.stdout + done.stderr
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import transformers as tf
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, VOCAB, tiny_drafter, tiny_target
@@ -432,6 +433,77 @@ class TestARun:
         drafter = D2SDDrafterModel.from_pretrained(tmp_path / "run" / "last", dtype=torch.float32)
         for layer, source in zip(drafter.layers, model.model.layers[2:]):
             torch.testing.assert_close(layer.mlp.up_proj.weight, source.mlp.up_proj.weight, atol=0.01, rtol=0.01)
+
+
+class TestGoingOn:
+    """`init`: a drafter that was trained before is where another run begins."""
+
+    def run(self, target, data, out, **changes):
+        accelerator = Accelerator(mixed_precision="no")
+        model, tokenizer = tf.AutoModelForCausalLM.from_pretrained(target), tf.AutoTokenizer.from_pretrained(target)
+        return module.DrafterRun(options(target, data, out, **changes), model, tokenizer, accelerator)
+
+    @pytest.mark.parametrize("role", ["first", "second"])
+    def test_it_begins_with_the_drafters_weights(self, target, data, first, tmp_path, role):
+        run = self.run(target, data, tmp_path, role=role, init=str(first / "last"))
+        kept = D2SDDrafterModel.from_pretrained(first / "last", dtype=torch.float32)
+        for name, tensor in kept.state_dict().items():
+            assert run.trainee.model.state_dict()[name].equal(tensor), name
+        run.update()
+        assert any(not run.trainee.model.state_dict()[name].equal(kept.state_dict()[name]) for name in ("fc.weight",))
+
+    def test_it_goes_on_learning(self, target, data, first, tmp_path):
+        train(options(target, data, tmp_path, init=str(first / "last"), lr=1e-3))
+        before = [line["loss"] for line in log_of(first) if "loss" in line]
+        after = [line["loss"] for line in log_of(tmp_path) if "loss" in line]
+        assert after[0] < sum(before[:4]) / 4
+        assert sum(after[-4:]) < sum(before[-4:])
+
+    def test_shape_and_vocabulary_are_the_drafters(self, target, data, tmp_path):
+        train(
+            options(
+                target,
+                data,
+                tmp_path / "a",
+                max_steps=1,
+                draft_vocab_size=12,
+                num_layers=1,
+                feature_fusion="layerwise",
+            )
+        )
+        drafter = D2SDDrafterModel.from_pretrained(tmp_path / "a" / "last")
+        drafter.config.confidence_temperatures = [2.0, 2.0, 2.0]
+        drafter.save_pretrained(tmp_path / "calibrated")
+        run = self.run(target, data, tmp_path / "b", init=str(tmp_path / "calibrated"))
+        config = run.trainee.model.config
+        assert (config.draft_vocab_size, config.num_hidden_layers, config.feature_fusion) == (12, 1, "layerwise")
+        assert run.trainee.model.draft_token_ids.equal(drafter.draft_token_ids)
+        assert config.confidence_temperatures is None
+
+    def test_a_run_goes_on_after_a_stop_without_the_drafter(self, target, data, first, tmp_path):
+        arguments = dict(init=str(first / "last"), max_steps=8)
+        train(options(target, data, tmp_path / "unbroken", **arguments))
+        train(options(target, data, tmp_path / "stopped", **arguments, stop_after=0.0))
+        assert log_of(tmp_path / "stopped")[-1]["step"] == 4
+        train(options(target, data, tmp_path / "stopped", **arguments))
+        assert log_of(tmp_path / "stopped") == log_of(tmp_path / "unbroken")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (dict(block_size=3), "block_size is 4, asked for 3"),
+            (dict(num_layers=1), "num_layers is 2, asked for 1"),
+            (dict(draft_vocab_size=9, qk_norm=False), "qk_norm is True, asked for False; draft_vocab_size is None"),
+        ],
+    )
+    def test_another_shape_is_refused(self, target, data, first, tmp_path, changes, message):
+        with pytest.raises(ValueError, match=message):
+            self.run(target, data, tmp_path, init=str(first / "last"), **changes)
+
+    def test_options_that_contradict_it(self, target, data, first, tmp_path):
+        for changes in (dict(role="lm"), dict(init_layers="target")):
+            with pytest.raises(ValueError, match="init brings a drafter's weights"):
+                options(target, data, tmp_path, init=str(first / "last"), **changes)
 
 
 class TestADraftLM:

@@ -20,6 +20,7 @@ from .shards import (
     Row,
     batched,
     read_json_lines,
+    read_rows,
     read_shard,
     refuse_other_options,
     shard_paths,
@@ -49,6 +50,10 @@ class DistillOptions:
     openings: str | None = field(
         default=None,
         metadata={"help": "text file: beginnings of self-written prompts, a line each, used in turn; \\n: a new line"},
+    )
+    answered: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folders of earlier rows: chats whose first prompt was answered there are left out"},
     )
     system: str | None = field(default=None, metadata={"help": "system message of every chat"})
     template_options: str = field(
@@ -92,7 +97,7 @@ def distill(options: DistillOptions) -> dict[str, int]:
     _keep_options(options, tokenizer_fingerprint(writer.tokenizer))
     chats = read_chats(options.prompts, options.max_prompts, options.seed)
     chats += [[text] for text in write_prompts(writer)]
-    chats = without_repetitions(chats)
+    chats = without_answered(without_repetitions(chats), options.answered, writer.opening_tokens)
     # Neighbours of like length share a batch; the batches come in random order, so that any part is a fair sample.
     chats.sort(key=lambda turns: (len(turns), len(turns[0]), turns))
     batches = list(enumerate(batched(chats, options.batch_size)))
@@ -158,6 +163,14 @@ def without_repetitions(chats: list[list[str]]) -> list[list[str]]:
     for turns in chats:
         first.setdefault(tuple(" ".join(turn.casefold().split()) for turn in turns), turns)
     return list(first.values())
+
+
+def without_answered(
+    chats: list[list[str]], folders: list[str], opening_tokens: Callable[[list[str]], list[int]]
+) -> list[list[str]]:
+    """Those chats whose first prompt, as `opening_tokens` renders it, no row of the folders begins with."""
+    answered = {row.tokens[: row.prompt_length].numpy().tobytes() for row in read_rows(*map(Path, folders))}
+    return [turns for turns in chats if torch.tensor(opening_tokens(turns)).numpy().tobytes() not in answered]
 
 
 def write_prompts(writer: "Writer") -> list[str]:
@@ -267,6 +280,10 @@ class Writer:
                 text = self.tokenizer.decode(response, skip_special_tokens=True)
                 messages.append({"role": "assistant", "content": text})
         return rows
+
+    def opening_tokens(self, turns: list[str]) -> list[int]:
+        """The prompt of a chat's first reply."""
+        return self._tokens(self._render([{"role": "user", "content": turns[0]}]))
 
     def _tokens(self, prompt: str) -> list[int]:
         return self.tokenizer(prompt, add_special_tokens=False).input_ids

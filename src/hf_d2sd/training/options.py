@@ -15,6 +15,10 @@ class TrainOptions:
     out: Path = field(metadata={"help": "folder of the run: checkpoint, log, the last and the best drafter"})
     role: str = field(default="first", metadata={"help": "first, second, or lm", "choices": ["first", "second", "lm"]})
     first: str | None = field(default=None, metadata={"help": "second: the trained first drafter, a folder or Hub id"})
+    init: str | None = field(
+        default=None,
+        metadata={"help": "a drafter to go on from, a folder or Hub id: its shape, draft vocabulary and weights"},
+    )
     features: str = field(
         default="cache",
         metadata={
@@ -88,6 +92,8 @@ class TrainOptions:
                 "distill_top_k must be at least 0 and distill_weight between 0 and 1; got "
                 f"{self.distill_top_k} and {self.distill_weight}."
             )
+        if self.init is not None and (self.role == "lm" or self.init_layers != "random"):
+            raise ValueError("init brings a drafter's weights: pass it without --role lm and without --init_layers.")
         if self.role != "second":
             self.prefix_base = self.on_policy = 0.0
         elif self.first is None:

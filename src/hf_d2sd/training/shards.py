@@ -72,9 +72,11 @@ def write_once(path: Path, write: Callable[[Path], None], wait: bool = False) ->
 
 
 def write_shard(path: Path, rows: list[Row]) -> None:
+    tokens = torch.cat([row.tokens for row in rows]) if rows else torch.zeros(0, dtype=torch.int64)
+    small = not len(tokens) or int(tokens.max()) < 2**16
     write_atomically(
         {
-            "tokens": torch.cat([row.tokens for row in rows]).to(torch.int32) if rows else torch.zeros(0).int(),
+            "tokens": tokens.to(torch.uint16 if small else torch.int32),
             "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
             "prompt_lengths": torch.tensor([row.prompt_length for row in rows], dtype=torch.int64),
         },

@@ -1,6 +1,7 @@
 """`hf-d2sd train`: a drafter from the target's own text; alone, or on many devices by `accelerate launch`."""
 
 import copy
+import dataclasses
 
 import torch
 from accelerate import Accelerator
@@ -46,7 +47,11 @@ class DrafterRun(TrainingRun):
     def __init__(self, options: TrainOptions, target, tokenizer, accelerator: Accelerator):
         rows = read_rows(*options.data)
         self.first = _load_first(options, accelerator.device)
-        model = _new_model(options, target, tokenizer, rows, self.first)
+        if options.init is None:
+            model = _new_model(options, target, tokenizer, rows, self.first)
+        else:
+            model = _loaded_model(options, tokenizer)
+        bind(D2SDAssistant.from_drafters(model), target, tokenizer)
         self.layer_ids = model.config.target_layer_ids
         if options.on_policy and self.first.config.target_layer_ids != self.layer_ids:
             raise ValueError(
@@ -127,7 +132,40 @@ def _new_model(
     if first is not None and config.draft_vocab_size is not None:
         if first.config.draft_vocab_size == config.draft_vocab_size:
             model.draft_token_ids.copy_(first.draft_token_ids)  # what both can say is the same
-    bind(D2SDAssistant.from_drafters(model), target, tokenizer)
+    return model
+
+
+def _loaded_model(options: TrainOptions, tokenizer) -> D2SDDrafterModel:
+    """The drafter of `options.init` in float32; its calibration is not kept, since it was of other weights.
+
+    Raises:
+        ValueError: for an option that asks for another shape than the drafter has.
+    """
+    model = D2SDDrafterModel.from_pretrained(options.init, dtype=torch.float32, attn_implementation=options.attention)
+    config = model.config
+    shape = dict(
+        block_size=config.block_size,
+        num_layers=config.num_hidden_layers,
+        target_layer_ids=config.target_layer_ids,
+        intermediate_size=config.intermediate_size,
+        qk_norm=config.qk_norm,
+        sliding_window=config.sliding_window,
+        feature_fusion=config.feature_fusion,
+        draft_vocab_size=config.draft_vocab_size,
+        mask_token=tokenizer.convert_ids_to_tokens(config.mask_token_id),
+    )
+    defaults = {field.name: field.default for field in dataclasses.fields(options)} | {"block_size": None}
+    differing = [
+        f"{name} is {seen!r}, asked for {getattr(options, name)!r}"
+        for name, seen in shape.items()
+        if getattr(options, name) not in (seen, defaults[name])
+    ]
+    if differing:
+        raise ValueError(
+            f"{options.init} keeps its shape when it is trained further: {'; '.join(differing)}. Pass its own values, "
+            "or none but --block_size."
+        )
+    config.confidence_temperatures = None
     return model
 
 
