@@ -387,8 +387,13 @@ class D2SDAssistant(D2SDPreTrainedModel):
         """Let later calls decode with tensors of fixed shapes, their passes compiled by `torch.compile(**options)`."""
         self.compile_options = options
 
-    def save_pretrained(self, save_directory: str | os.PathLike, is_main_process: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+    ) -> None:
         """As `PreTrainedModel.save_pretrained`, and `custom_generate/`, by which a target decodes with this pair."""
+        upload = "commit_message commit_description private create_pr revision tags".split()
+        upload = {name: kwargs.pop(name) for name in upload if name in kwargs}
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             folder = os.path.join(save_directory, "custom_generate")
@@ -396,6 +401,8 @@ class D2SDAssistant(D2SDPreTrainedModel):
             for name, text in CUSTOM_GENERATE.items():
                 with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
                     file.write(text)
+            if push_to_hub:
+                self.push_to_hub(repo_id, token=kwargs.get("token"), **upload)
 
     @classmethod
     def can_generate(cls) -> bool:

@@ -33,6 +33,7 @@ SCRIPT = """
     drafter = D2SDAssistant.from_drafters("org/first").first
     target = transformers.AutoModelForCausalLM.from_pretrained("target").eval()
     inputs, options = torch.tensor(json.load(open("prompt.json"))), dict(do_sample=False, max_new_tokens=16)
+    assistant.save_pretrained("saved", push_to_hub=True, repo_id="org/saved", private=True, commit_message="Saved")
     report = {
         "assistant": target.generate(inputs, assistant_model=assistant, **options)[0].tolist(),
         "custom": target.generate(inputs, custom_generate="org/pair", trust_remote_code=True, **options)[0].tolist(),
@@ -87,7 +88,7 @@ class TestThereAndBack:
         assert lines[0]["dry_run"]
         sizes = {name: (place / "pair" / name).stat().st_size for name in hub.repos["org/pair"]}
         assert lines[0]["files"] == lines[1]["files"] == sizes
-        assert sum(request.endswith("/repos/create") for request in hub.requests) == len(lines) - 1 == 2
+        assert sum(request.endswith("/repos/create") for request in hub.requests) == 3  # two pushes, and a saving
         assert "commit" not in lines[0] and "org/pair/commit/" in lines[1]["commit"]
 
     def test_it_is_loaded_from_there_and_decodes_the_targets_text(self, round_trip):
@@ -98,6 +99,14 @@ class TestThereAndBack:
         assert "GET /org/pair/resolve/main/config.json" in [
             r.replace(hub.sha("org/pair"), "main") for r in hub.requests
         ]
+
+    def test_saving_with_push_to_hub_uploads_the_same_files(self, round_trip):
+        place, hub, _, _ = round_trip
+        names = set(CODE + CUSTOM) | {"config.json", "model.safetensors"}
+        assert {name: hub.repos["org/saved"].get(name) for name in names} == {
+            name: (place / "saved" / name).read_bytes() for name in names
+        }
+        assert hub.private["org/saved"]
 
     def test_a_public_dflash_repository_is_read_from_there(self, round_trip):
         place, _, _, report = round_trip
