@@ -85,6 +85,14 @@ def test_the_dflash_layout_has_the_keys_and_tensors_that_its_readers_want(tmp_pa
         assert set(file.keys()) == weights().keys()
 
 
+def test_what_is_done_to_logits_is_said_where_each_reader_looks(tmp_path):
+    changes = dict(output_multiplier=0.5, final_logit_softcapping=30.0)
+    written(tiny_drafter(**changes), tmp_path)
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert {name: config[name] for name in changes} == changes  # z-lab's own
+    assert {name: config["dflash_config"][name] for name in changes} == changes  # SGLang
+
+
 def test_speculators_counts_layers_from_the_embedding_and_names_the_target(target, tmp_path):
     written(tiny_drafter(), tmp_path, format="speculators", target=target)
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())

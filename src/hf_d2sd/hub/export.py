@@ -142,16 +142,20 @@ def dflash_config(config: D2SDDrafterConfig) -> dict:
     kinds = set(config.layer_types)
     causal = kinds & set(config.causal_layer_types or ())
     inner = {"mask_token_id": config.mask_token_id, "target_layer_ids": config.target_layer_ids}
-    inner |= _extras(config, said=("num_target_layers",))
+    logits = {
+        "output_multiplier": None if config.output_multiplier == 1 else config.output_multiplier,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "input_embedding_scale": config.input_embedding_scale,
+    }
+    logits = {name: value for name, value in logits.items() if value is not None}
+    inner |= logits | _extras(config, said=("num_target_layers",))  # SGLang looks for `logits` here, others outside
     written = {
         **_layers(config),
         "architectures": ["DFlashDraftModel"],
         "block_size": config.block_size,
         "num_target_layers": config.num_target_layers,
         "target_hidden_size": config.target_hidden_size,
-        "output_multiplier": config.output_multiplier,
-        "final_logit_softcapping": config.final_logit_softcapping,
-        "input_embedding_scale": config.input_embedding_scale,
+        **logits,
         "dflash_config": inner,
     }
     if causal != kinds & {"sliding_attention"}:  # the default of its readers; said for all layers, and in both words
