@@ -38,7 +38,8 @@ def strategies(args) -> dict[str, Strategy]:
         "wide tree, first drafter reused": f"reuse:{wide}",
         "wide tree, D²SD": "d2sd-wide",
     }
-    return {words: find_strategy(name, known) for words, name in names.items()}
+    chosen = args.strategies or list(names)
+    return {words: find_strategy(names[words], known) for words in names if words in chosen}
 
 
 def batches(args, tokenizer) -> list[tuple[str, str, list[str], list[list[int]]]]:
@@ -69,7 +70,7 @@ def left_padded(rows: list[list[int]], filler: int) -> dict[str, torch.Tensor]:
 def read_rows(path: Path) -> list[dict]:
     """Complete rows of a run and of its parts."""
     rows = []
-    for file in sorted(path.parent.glob(f"{path.stem}*.jsonl")):
+    for file in sorted([*path.parent.glob(f"{path.stem}.jsonl"), *path.parent.glob(f"{path.stem}-[0-9]*.jsonl")]):
         rows += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
     return rows
 
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--pair", default=str(PAIR))
     parser.add_argument("--prompts", type=Path, nargs="+", default=sorted((HERE / "prompts").glob("*.jsonl")))
     parser.add_argument("--max-prompts", type=int, help="so many of each file, evenly spread")
+    parser.add_argument("--strategies", nargs="+", help="rows of the table; all where none is named")
     parser.add_argument("--branches", type=int, default=4, help="K")
     parser.add_argument("--width", type=int, default=8, help="of the wide trees")
     parser.add_argument("--nodes", type=int, default=32, help="of the wide trees")

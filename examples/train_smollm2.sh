@@ -5,9 +5,10 @@
 #
 # FOLDER gets the target, the text, both runs, and the pair. Every stage goes on where it was stopped, so the script can
 # be killed and started again; with STOP_AFTER=9 each stage ends after nine minutes, and the script ends with it unless
-# the stage is done. The figures below are for a GPU, where all of it takes well under an hour. CPU=1 takes the smaller
-# ones that the pair in hub_cards/ was made with: about two hours on two cores with AMX, a process on each. With
-# TEXT=examples/smollm2_text it learns from the text that is there, which took half of the time.
+# the stage is done. The figures below are for a GPU, where all of it takes well under an hour. CPU=1 takes smaller ones:
+# about two hours on two cores with AMX, a process on each. With TEXT=examples/smollm2_text it learns from the text that
+# is there, which took half of the time. INIT=FOLDER goes on from the drafters FOLDER/first and FOLDER/second, with
+# prefixes on policy of the former. How the pair in hub_cards/ came about is in its card.
 set -euo pipefail
 out=${1:?usage: examples/train_smollm2.sh FOLDER}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -52,8 +53,8 @@ text() {
     [ "${ENOUGH:-0}" = 1 ] || [[ $report == *'"missing_shards": 0'* ]] ||
         { echo "shards are missing: run the script again to go on, or with ENOUGH=1 to do with what is there" >&2; exit 1; }
 }
-if [ -n "${TEXT:-}" ]; then # text that was written before: folders text/ and passages/
-    cp -rn "$TEXT/text" "$TEXT/passages" "$out/"
+if [ -n "${TEXT:-}" ]; then # text that was written before
+    for part in ${PARTS:-text passages more}; do cp -rn "$TEXT/$part" "$out/"; done
 else
     text "$out/text" --prompts "$here/prompts/instruct_train_prompts.jsonl" "$here/prompts/gsm8k_train_prompts.jsonl" \
         --max_prompts "${MAX_PROMPTS:-8000}" --self_prompts "${SELF_PROMPTS:-60000}" --openings "$here/openings.txt" \
@@ -64,11 +65,15 @@ else
     text "$out/passages" --prompts "$out/passages.jsonl" --max_prompt_tokens 700 --batch_size "$((${BATCH_SIZE:-512} / 2))"
 fi
 
+data=()
+for part in text passages more; do [ ! -d "$out/$part" ] || data+=("$out/$part"); done
+
 # drafter ROLE [OPTION...]
 drafter() {
     local role=$1 steps=${STEPS:-30000}
     shift
-    "$python" -m hf_d2sd.cli train --target "$out/target" --data "$out/text" "$out/passages" --out "$out/$role" \
+    "$python" -m hf_d2sd.cli train --target "$out/target" --data "${data[@]}" --out "$out/$role" \
+        ${INIT:+--init "$INIT/$role"} \
         --role "$role" --block_size 8 --num_layers 2 --target_layer_ids 9 18 27 --qk_norm False \
         --draft_vocab_size 8192 --mask_token '<empty_output>' --rows "${ROWS:-16}" --anchors "${ANCHORS:-64}" \
         --lr "${LR:-1e-3}" --tau "${TAU:-2}" --features "${FEATURES:-online}" --compile "${COMPILE:-False}" \
@@ -84,8 +89,8 @@ if step < int(sys.argv[2]):
     sys.exit(f"step {step} of {sys.argv[2]}: run the script again to go on")
 PYTHON
 }
-if [ "${SIDE_BY_SIDE:-0}" = 1 ]; then # a core each: the second then learns from the prior alone
-    drafter second --prefix_base "${PREFIX_BASE:-0.8}" --on_policy 0 &
+if [ "${SIDE_BY_SIDE:-0}" = 1 ]; then # a core each: the second learns from the prior, or of the first that is there
+    drafter second --prefix_base "${PREFIX_BASE:-0.8}" ${INIT:+--first "$INIT/first" --on_policy "${ON_POLICY:-0.7}"} &
     drafter first
     wait $!
 else
@@ -95,7 +100,7 @@ fi
 
 for role in first second; do
     base=$([ "$role" = second ] && echo "${PREFIX_BASE:-0.8}" || echo 0)
-    "$python" -m hf_d2sd.cli calibrate --target "$out/target" --data "$out/text" "$out/passages" \
+    "$python" -m hf_d2sd.cli calibrate --target "$out/target" --data "${data[@]}" \
         --drafter "$out/$role/last" --prefix_base "$base" --plot "$out/$role-calibration.png" \
         >"$out/$role-calibration.json"
 done

@@ -480,6 +480,17 @@ class TestGoingOn:
         assert run.trainee.model.draft_token_ids.equal(drafter.draft_token_ids)
         assert config.confidence_temperatures is None
 
+    @pytest.mark.parametrize("before", [None, 12])
+    def test_the_draft_vocabulary_can_be_chosen_anew(self, target, data, tmp_path, before):
+        train(options(target, data, tmp_path / "a", max_steps=1, draft_vocab_size=before))
+        init = str(tmp_path / "a" / "last")
+        train(options(target, data, tmp_path / "b", max_steps=1, init=init, draft_vocab_size=20))
+        drafter = D2SDDrafterModel.from_pretrained(tmp_path / "b" / "last")
+        train(options(target, data, tmp_path / "c", max_steps=1, draft_vocab_size=20))
+        anew = D2SDDrafterModel.from_pretrained(tmp_path / "c" / "last")
+        assert drafter.config.draft_vocab_size == 20
+        assert drafter.draft_token_ids.equal(anew.draft_token_ids)
+
     def test_a_run_goes_on_after_a_stop_without_the_drafter(self, target, data, first, tmp_path):
         arguments = dict(init=str(first / "last"), max_steps=8)
         train(options(target, data, tmp_path / "unbroken", **arguments))
@@ -493,7 +504,10 @@ class TestGoingOn:
         [
             (dict(block_size=3), "block_size is 4, asked for 3"),
             (dict(num_layers=1), "num_layers is 2, asked for 1"),
-            (dict(draft_vocab_size=9, qk_norm=False), "qk_norm is True, asked for False; draft_vocab_size is None"),
+            (
+                dict(feature_fusion="layerwise", qk_norm=False),
+                "qk_norm is True, asked for False; feature_fusion is 'shared'",
+            ),
         ],
     )
     def test_another_shape_is_refused(self, target, data, first, tmp_path, changes, message):

@@ -17,7 +17,7 @@ class TrainOptions:
     first: str | None = field(default=None, metadata={"help": "second: the trained first drafter, a folder or Hub id"})
     init: str | None = field(
         default=None,
-        metadata={"help": "a drafter to go on from, a folder or Hub id: its shape, draft vocabulary and weights"},
+        metadata={"help": "a drafter to go on from, a folder or Hub id: its shape and weights"},
     )
     features: str = field(
         default="cache",

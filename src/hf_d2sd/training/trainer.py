@@ -12,7 +12,7 @@ from ..integration import bind
 from ..modeling import D2SDAssistant, D2SDDrafterModel
 from .blocks import Blocks, cut_blocks, draw_anchors, draw_prefix_lengths
 from .draft_lm import DraftLMRun
-from .drafters import Trainee, drafter_config, new_drafter
+from .drafters import Trainee, drafter_config, frequent_tokens, new_drafter
 from .features import CachedFeatures, CachedRow, compute_features, compute_teacher
 from .loop import TrainingRun
 from .options import TrainOptions
@@ -50,7 +50,7 @@ class DrafterRun(TrainingRun):
         if options.init is None:
             model = _new_model(options, target, tokenizer, rows, self.first)
         else:
-            model = _loaded_model(options, tokenizer)
+            model = _loaded_model(options, tokenizer, rows)
         bind(D2SDAssistant.from_drafters(model), target, tokenizer)
         self.layer_ids = model.config.target_layer_ids
         if options.on_policy and self.first.config.target_layer_ids != self.layer_ids:
@@ -135,8 +135,10 @@ def _new_model(
     return model
 
 
-def _loaded_model(options: TrainOptions, tokenizer) -> D2SDDrafterModel:
-    """The drafter of `options.init` in float32; its calibration is not kept, since it was of other weights.
+def _loaded_model(options: TrainOptions, tokenizer, rows: list[Row]) -> D2SDDrafterModel:
+    """The drafter of `options.init` in float32, with a draft vocabulary chosen anew if one is asked for.
+
+    Its calibration is not kept, since it was of other weights.
 
     Raises:
         ValueError: for an option that asks for another shape than the drafter has.
@@ -151,7 +153,6 @@ def _loaded_model(options: TrainOptions, tokenizer) -> D2SDDrafterModel:
         qk_norm=config.qk_norm,
         sliding_window=config.sliding_window,
         feature_fusion=config.feature_fusion,
-        draft_vocab_size=config.draft_vocab_size,
         mask_token=tokenizer.convert_ids_to_tokens(config.mask_token_id),
     )
     defaults = {field.name: field.default for field in dataclasses.fields(options)} | {"block_size": None}
@@ -165,6 +166,11 @@ def _loaded_model(options: TrainOptions, tokenizer) -> D2SDDrafterModel:
             f"{options.init} keeps its shape when it is trained further: {'; '.join(differing)}. Pass its own values, "
             "or none but --block_size."
         )
+    if options.draft_vocab_size is not None:  # no weights depend on it: the head is the target's
+        if config.own_head:
+            raise ValueError(f"{options.init} has a head of its own, whose tokens cannot be chosen anew.")
+        config.draft_vocab_size = options.draft_vocab_size
+        model.register_buffer("draft_token_ids", frequent_tokens(rows, config))
     config.confidence_temperatures = None
     return model
 
