@@ -1,4 +1,6 @@
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,15 @@ def smollm2_folder():
     from smollm2 import save_smollm2
 
     return save_smollm2()
+
+
+@pytest.fixture
+def bare_python(tmp_path):
+    """The Python of an environment that has all packages of this one but hf-d2sd."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True).stdout.strip()
+    (Path(own) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    assert subprocess.run([python, "-c", "import torch, hf_d2sd"], capture_output=True).returncode
+    return python

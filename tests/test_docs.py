@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -113,6 +114,24 @@ def test_commands_run(workplace, monkeypatch, capsys):
             assert words[1] == "doctor" and end.code in (0, 1), (page.name, words, end)
     assert {words[1] for _, words in ran} >= set(COMMANDS) - {"report"}
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+def test_what_pages_let_pip_install_can_be_installed(bare_python, tmp_path):
+    pages = [*PAGES, ROOT / "examples" / "space" / "README.md"]
+    commands = {
+        found for page in pages for found in re.findall(r"pip install '?\.[\w\[\]]*", page.read_text(encoding="utf-8"))
+    }
+    assert {command.split(".")[1] for command in commands} >= {"", "[train]", "[demo]", "[bench]", "[space]"}
+    subprocess.run(["git", "clone", "--quiet", ROOT, tmp_path / "clone"], check=True)
+    for command in sorted(commands):
+        where = command.removeprefix("pip install ").strip("'")
+        install = [bare_python, "-m", "pip", "install", "--quiet", where]
+        subprocess.run(install, cwd=tmp_path / "clone", check=True, timeout=600)
+    said = subprocess.run(
+        [bare_python.parent / "hf-d2sd", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "distill" in said.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import nbformat
@@ -59,18 +58,6 @@ class TestKept:
         first = code_cells(nbformat.read(path, as_version=4))[0].source
         setup = code_cells(nbformat.read(NOTEBOOKS[0], as_version=4))[0].source
         assert first == setup and 'find_spec("hf_d2sd") is None' in first
-
-
-@pytest.fixture
-def bare_python(tmp_path):
-    """The Python of an environment that has all packages of this one but hf-d2sd."""
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    own = subprocess.run([python, "-c", query], capture_output=True, text=True, check=True).stdout.strip()
-    (Path(own) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    assert subprocess.run([python, "-c", "import torch, hf_d2sd"], capture_output=True).returncode
-    return python
 
 
 @pytest.mark.slow

@@ -514,6 +514,18 @@ class TestGoingOn:
         with pytest.raises(ValueError, match=message):
             self.run(target, data, tmp_path, init=str(first / "last"), **changes)
 
+    def test_a_drafter_that_names_no_mask_token(self, target, data, first, tmp_path):
+        drafter = D2SDDrafterModel.from_pretrained(first / "last")
+        mask = drafter.config.mask_token_id
+        drafter.config.mask_token_id = drafter.config.vocab_size = None
+        drafter.save_pretrained(tmp_path / "drafter")
+        arguments = dict(init=str(tmp_path / "drafter"), draft_vocab_size=12)
+        with pytest.raises(ValueError, match="pass --mask_token"):
+            self.run(target, data, tmp_path / "a", **arguments)
+        word = tf.AutoTokenizer.from_pretrained(target).convert_ids_to_tokens(mask)
+        config = self.run(target, data, tmp_path / "b", mask_token=word, **arguments).trainee.model.config
+        assert (config.mask_token_id, config.draft_vocab_size) == (mask, 12)
+
     def test_options_that_contradict_it(self, target, data, first, tmp_path):
         for changes in (dict(role="lm"), dict(init_layers="target")):
             with pytest.raises(ValueError, match="init brings a drafter's weights"):

@@ -207,11 +207,8 @@ class TrainingRun:
 
     def _run_options(self) -> str:
         """What must be the same for a run to go on, as JSON."""
-        paths, habits = (
-            "out data target first init",
-            "trackers save_every eval_rows features loss_chunk compile stop_after",
-        )
-        free = {*paths.split(), *habits.split()}
+        free = {"stop_after", *"out data target first init".split()}
+        free |= set("trackers save_every eval_rows features loss_chunk compile".split())
         settings = {name: value for name, value in asdict(self.options).items() if name not in free}
         return json.dumps({**settings, "training_rows": len(self.rows), "processes": self.accelerator.num_processes})
 

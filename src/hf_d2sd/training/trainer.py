@@ -50,7 +50,7 @@ class DrafterRun(TrainingRun):
         if options.init is None:
             model = _new_model(options, target, tokenizer, rows, self.first)
         else:
-            model = _loaded_model(options, tokenizer, rows)
+            model = _loaded_model(options, target, tokenizer, rows)
         bind(D2SDAssistant.from_drafters(model), target, tokenizer)
         self.layer_ids = model.config.target_layer_ids
         if options.on_policy and self.first.config.target_layer_ids != self.layer_ids:
@@ -135,16 +135,22 @@ def _new_model(
     return model
 
 
-def _loaded_model(options: TrainOptions, tokenizer, rows: list[Row]) -> D2SDDrafterModel:
+def _loaded_model(options: TrainOptions, target, tokenizer, rows: list[Row]) -> D2SDDrafterModel:
     """The drafter of `options.init` in float32, with a draft vocabulary chosen anew if one is asked for.
 
     Its calibration is not kept, since it was of other weights.
 
     Raises:
-        ValueError: for an option that asks for another shape than the drafter has.
+        ValueError: for an option that asks for another shape than the drafter has, or a drafter without a mask token.
     """
     model = D2SDDrafterModel.from_pretrained(options.init, dtype=torch.float32, attn_implementation=options.attention)
     config = model.config
+    if config.vocab_size is None:
+        config.vocab_size = target.config.get_text_config(decoder=True).vocab_size
+    if config.mask_token_id is None:
+        config.mask_token_id = _mask_token_id(options, tokenizer, None)
+    if config.mask_token_id is None:
+        raise ValueError(f"{options.init} does not say which token masks what it shall draft: pass --mask_token.")
     shape = dict(
         block_size=config.block_size,
         num_layers=config.num_hidden_layers,
