@@ -7,8 +7,8 @@
 # be killed and started again; with STOP_AFTER=9 each stage ends after nine minutes, and the script ends with it unless
 # the stage is done. The figures below are for a GPU, where all of it takes well under an hour. CPU=1 takes smaller ones:
 # about two hours on two cores with AMX, a process on each. With TEXT=examples/smollm2_text it learns from the text that
-# is there, which took half of the time. INIT=FOLDER goes on from the drafters FOLDER/first and FOLDER/second, with
-# prefixes on policy of the former. How the pair in hub_cards/ came about is in its card.
+# is there, which took half of the time. INIT=FOLDER goes on from the drafters of another such FOLDER. How the pair in
+# hub_cards/ came about is in its card.
 set -euo pipefail
 out=${1:?usage: examples/train_smollm2.sh FOLDER}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -73,9 +73,9 @@ drafter() {
     local role=$1 steps=${STEPS:-30000}
     shift
     "$python" -m hf_d2sd.cli train --target "$out/target" --data "${data[@]}" --out "$out/$role" \
-        ${INIT:+--init "$INIT/$role"} \
+        ${INIT:+--init "$INIT/$role/last"} \
         --role "$role" --block_size 8 --num_layers 2 --target_layer_ids 9 18 27 --qk_norm False \
-        --draft_vocab_size 8192 --mask_token '<empty_output>' --rows "${ROWS:-16}" --anchors "${ANCHORS:-64}" \
+        --draft_vocab_size "${DRAFT_VOCAB:-12288}" --mask_token '<empty_output>' --rows "${ROWS:-16}" --anchors "${ANCHORS:-64}" \
         --lr "${LR:-1e-3}" --tau "${TAU:-2}" --features "${FEATURES:-online}" --compile "${COMPILE:-False}" \
         --loss_chunk "${LOSS_CHUNK:-1024}" --max_steps "$steps" --eval_every "${EVAL_EVERY:-1000}" --save_every 100 \
         $stop "$@"
@@ -89,8 +89,8 @@ if step < int(sys.argv[2]):
     sys.exit(f"step {step} of {sys.argv[2]}: run the script again to go on")
 PYTHON
 }
-if [ "${SIDE_BY_SIDE:-0}" = 1 ]; then # a core each: the second learns from the prior, or of the first that is there
-    drafter second --prefix_base "${PREFIX_BASE:-0.8}" ${INIT:+--first "$INIT/first" --on_policy "${ON_POLICY:-0.7}"} &
+if [ "${SIDE_BY_SIDE:-0}" = 1 ]; then # a core each: on policy can be only the first drafter that is there already
+    drafter second --prefix_base "${PREFIX_BASE:-0.8}" ${INIT:+--first "$INIT/first/last" --on_policy "${ON_POLICY:-0}"} &
     drafter first
     wait $!
 else

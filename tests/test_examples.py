@@ -65,6 +65,11 @@ def test_the_script_for_smollm2_makes_a_pair_and_goes_on_where_it_stopped(tmp_pa
     for role in ("first", "second"):
         losses = [json.loads(line) for line in (tmp_path / "run" / role / "log.jsonl").read_text().splitlines()]
         assert losses[-1]["step"] == 6
-    pair = D2SDAssistant.from_pretrained(tmp_path / "run" / "pair")
+    further = {"INIT": str(tmp_path / "run"), "TEXT": str(tmp_path / "run"), "PARTS": "text passages", "CPU": "1"}
+    command = [command[0], str(tmp_path / "further")]
+    done = subprocess.run(command, env={**environment, **further}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    pair = D2SDAssistant.from_pretrained(tmp_path / "further" / "pair")
     assert all(len(drafter.config.confidence_temperatures) == 7 for drafter in pair.drafters)
     assert sum(parameter.numel() for parameter in pair.parameters()) < 20e6
+    assert {drafter.config.draft_vocab_size for drafter in pair.drafters} == {12288}
