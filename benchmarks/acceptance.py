@@ -24,22 +24,22 @@ from smollm2 import load_smollm2
 import hf_d2sd
 from hf_d2sd.benchmark.strategies import Models, Strategy, all_strategies, find_strategy
 
+ROWS = {
+    "first drafter alone": "dflash",
+    "+ resampled branches": "resample",
+    "first drafter reused as second": "reuse",
+    "D²SD as in the paper": "d2sd",
+    "+ a third level": "d2sd-3",
+    "wide tree, first drafter alone": "ddtree",
+    "wide tree, first drafter reused": "reuse:width={width},budget={nodes}",
+    "wide tree, D²SD": "d2sd-wide",
+}
+
 
 def strategies(args) -> dict[str, Strategy]:
     """By the words of the table."""
-    known, wide = all_strategies(args.branches, args.width, args.nodes), f"width={args.width},budget={args.nodes}"
-    names = {
-        "first drafter alone": "dflash",
-        "+ resampled branches": "resample",
-        "first drafter reused as second": "reuse",
-        "D²SD as in the paper": "d2sd",
-        "+ a third level": "d2sd-3",
-        "wide tree, first drafter alone": "ddtree",
-        "wide tree, first drafter reused": f"reuse:{wide}",
-        "wide tree, D²SD": "d2sd-wide",
-    }
-    chosen = args.strategies or list(names)
-    return {words: find_strategy(names[words], known) for words in names if words in chosen}
+    known = all_strategies(args.branches, args.width, args.nodes)
+    return {row: find_strategy(ROWS[row].format(width=args.width, nodes=args.nodes), known) for row in args.strategies}
 
 
 def batches(args, tokenizer) -> list[tuple[str, str, list[str], list[list[int]]]]:
@@ -70,7 +70,9 @@ def left_padded(rows: list[list[int]], filler: int) -> dict[str, torch.Tensor]:
 def read_rows(path: Path) -> list[dict]:
     """Complete rows of a run and of its parts."""
     rows = []
-    for file in sorted([*path.parent.glob(f"{path.stem}.jsonl"), *path.parent.glob(f"{path.stem}-[0-9]*.jsonl")]):
+    for file in sorted([path.with_suffix(".jsonl"), *path.parent.glob(f"{path.stem}-[0-9]*.jsonl")]):
+        if not file.exists():
+            continue
         rows += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
     return rows
 
@@ -130,7 +132,7 @@ def main() -> None:
     parser.add_argument("--pair", default=str(PAIR))
     parser.add_argument("--prompts", type=Path, nargs="+", default=sorted((HERE / "prompts").glob("*.jsonl")))
     parser.add_argument("--max-prompts", type=int, help="so many of each file, evenly spread")
-    parser.add_argument("--strategies", nargs="+", help="rows of the table; all where none is named")
+    parser.add_argument("--strategies", nargs="+", choices=list(ROWS), default=list(ROWS), help="rows of the table")
     parser.add_argument("--branches", type=int, default=4, help="K")
     parser.add_argument("--width", type=int, default=8, help="of the wide trees")
     parser.add_argument("--nodes", type=int, default=32, help="of the wide trees")

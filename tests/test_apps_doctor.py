@@ -247,10 +247,11 @@ def broken(healthy, **changes) -> Pair:
 
 
 def acceptance(pair: Pair):
-    """α on one prompt, judged by the shipped card."""
-    settings = module.DoctorOptions("target", [str(PAIR)], max_new_tokens=24).answering()
-    input_ids = chat_tokens(pair.tokenizer, [{"role": "user", "content": module.PROMPTS[0]}])
-    return check_acceptance([answer(pair, settings, input_ids).stats], [str(PAIR)])
+    """α on the doctor's own prompts, judged by the shipped card."""
+    options = module.DoctorOptions("target", [str(PAIR)], max_new_tokens=24)
+    prompts = [[{"role": "user", "content": text}] for text in module.PROMPTS[: options.max_prompts]]
+    replies = [answer(pair, options.answering(), chat_tokens(pair.tokenizer, prompt)) for prompt in prompts]
+    return check_acceptance([reply.stats for reply in replies], [str(PAIR)])
 
 
 class TestDiagnosis:

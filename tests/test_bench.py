@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from hf_d2sd.benchmark.suites import read_suites
 from hf_d2sd.benchmark.summary import instruments, ratios, summarize
 from hf_d2sd.cli import main
 from hf_d2sd.stats import Cycle
+from hf_d2sd.training.shards import Row
+
+ROOT = Path(__file__).parents[1]
 
 GAMMA = 5
 FAST = [name for name in all_strategies() if name != "ar-compiled"]  # compiling takes longer than all the rest
@@ -539,3 +543,23 @@ def test_variants_change_what_they_name_alone():
     assert known["d2sd-wide"].options["tree_budget"] == 16
     assert grid(["budget=8,16", "K=0,4"]) == [f"d2sd-wide:budget={b},K={k}" for b in (8, 16) for k in (0, 4)]
     assert grid([]) == []
+
+
+def test_parts_of_an_acceptance_run_are_read_together_and_no_other_run(monkeypatch, tmp_path):
+    for folder in ("examples", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    import acceptance
+
+    for name in ("p0", "p0-0", "p0-1", "p07", "p0-wide"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"run": name}) + "\n" + '{"torn": ')
+    assert {row["run"] for row in acceptance.read_rows(tmp_path / "p0.json")} == {"p0", "p0-0", "p0-1"}
+    assert acceptance.read_rows(tmp_path / "none.json") == []
+
+
+def test_coverage_of_a_draft_vocabulary(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from vocabulary import coverage
+
+    chosen = [Row(torch.tensor([9, 3, 3, 3, 4, 4, 5]), 1)]  # by frequency: 3, 4, 5
+    counted = [Row(torch.tensor([5, 3, 4, 5, 6]), 1), Row(torch.tensor([9, 9, 3]), 2)]
+    assert coverage(chosen, counted, [2, 3], vocab_size=10) == pytest.approx({2: 3 / 5, 3: 4 / 5})

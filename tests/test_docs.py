@@ -70,6 +70,21 @@ def test_commands_have_the_options_that_are_named(page, monkeypatch):
                 parser.parse_args_into_dataclasses(words[2:])
 
 
+def test_engines_are_told_of_folders_that_export_writes():
+    """vLLM and SGLang want a GPU: their commands are read here, and held against those before them on the page."""
+    (exports, vllm, sglang) = blocks(ROOT / "docs" / "serving.md", "")
+    written = re.findall(r"--format (\w+)(?: --target \w+)? --out (\S+)", exports)
+    folders = {out for format, out in written if format == "dflash"}
+    words = shlex.split(vllm.replace("\\\n", " "))
+    config = json.loads(words[words.index("--speculative-config") + 1])
+    assert words[:3] == ["vllm", "serve", "TARGET"] and config["method"] == "dflash" and config["model"] in folders
+    words = shlex.split(sglang.replace("\\\n", " "))
+    option = dict(zip(words, words[1:]))
+    assert option["-m"] == "sglang.launch_server" and option["--speculative-algorithm"] == "DFLASH"
+    assert option["--speculative-draft-model-path"] in folders
+    assert int(option["--speculative-num-draft-tokens"]) == config["num_speculative_tokens"] + 1  # γ, and γ - 1
+
+
 # What makes a command of the pages one of seconds, after its own options.
 SMALLER = {
     "distill": "--self_prompts 12 --max_new_tokens 16 --dtype float32",

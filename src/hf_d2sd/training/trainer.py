@@ -18,6 +18,17 @@ from .loop import TrainingRun
 from .options import TrainOptions
 from .shards import Row, read_rows
 
+# Options that say what weights a drafter has, and what its configuration calls them.
+_SHAPE = {
+    "block_size": "block_size",
+    "num_layers": "num_hidden_layers",
+    "target_layer_ids": "target_layer_ids",
+    "intermediate_size": "intermediate_size",
+    "qk_norm": "qk_norm",
+    "feature_fusion": "feature_fusion",
+    "sliding_window": "sliding_window",
+}
+
 
 def train(options: TrainOptions) -> dict:
     """Train until the last step; returns what was last measured.
@@ -51,6 +62,9 @@ class DrafterRun(TrainingRun):
             model = _new_model(options, target, tokenizer, rows, self.first)
         else:
             model = _loaded_model(options, target, tokenizer, rows)
+        if self.first is not None and options.draft_vocab_size is not None:
+            if self.first.config.draft_vocab_size == options.draft_vocab_size:
+                model.draft_token_ids.copy_(self.first.draft_token_ids)  # what both can say is the same
         bind(D2SDAssistant.from_drafters(model), target, tokenizer)
         self.layer_ids = model.config.target_layer_ids
         if options.on_policy and self.first.config.target_layer_ids != self.layer_ids:
@@ -114,25 +128,15 @@ def _load_first(options: TrainOptions, device: torch.device) -> D2SDDrafterModel
 def _new_model(
     options: TrainOptions, target, tokenizer, rows: list[Row], first: D2SDDrafterModel | None
 ) -> D2SDDrafterModel:
-    changes = dict(
-        block_size=options.block_size,
-        num_hidden_layers=options.num_layers,
-        target_layer_ids=options.target_layer_ids,
-        intermediate_size=options.intermediate_size,
-        qk_norm=options.qk_norm,
-        feature_fusion=options.feature_fusion,
-        sliding_window=options.sliding_window,
+    changes = {name: getattr(options, option) for option, name in _SHAPE.items()}
+    changes |= dict(
         layer_types=["sliding_attention"] * options.num_layers if options.sliding_window else None,
         draft_vocab_size=options.draft_vocab_size,
         mask_token_id=_mask_token_id(options, tokenizer, first),
     )
     config = drafter_config(target, tokenizer, rows, **changes)
     config._attn_implementation = options.attention
-    model = new_drafter(config, target, rows, options.init_layers, options.seed)
-    if first is not None and config.draft_vocab_size is not None:
-        if first.config.draft_vocab_size == config.draft_vocab_size:
-            model.draft_token_ids.copy_(first.draft_token_ids)  # what both can say is the same
-    return model
+    return new_drafter(config, target, rows, options.init_layers, options.seed)
 
 
 def _loaded_model(options: TrainOptions, target, tokenizer, rows: list[Row]) -> D2SDDrafterModel:
@@ -151,21 +155,13 @@ def _loaded_model(options: TrainOptions, target, tokenizer, rows: list[Row]) -> 
         config.mask_token_id = _mask_token_id(options, tokenizer, None)
     if config.mask_token_id is None:
         raise ValueError(f"{options.init} does not say which token masks what it shall draft: pass --mask_token.")
-    shape = dict(
-        block_size=config.block_size,
-        num_layers=config.num_hidden_layers,
-        target_layer_ids=config.target_layer_ids,
-        intermediate_size=config.intermediate_size,
-        qk_norm=config.qk_norm,
-        sliding_window=config.sliding_window,
-        feature_fusion=config.feature_fusion,
-        mask_token=tokenizer.convert_ids_to_tokens(config.mask_token_id),
-    )
+    seen = {option: getattr(config, name) for option, name in _SHAPE.items()}
+    seen["mask_token"] = tokenizer.convert_ids_to_tokens(config.mask_token_id)
     defaults = {field.name: field.default for field in dataclasses.fields(options)} | {"block_size": None}
     differing = [
-        f"{name} is {seen!r}, asked for {getattr(options, name)!r}"
-        for name, seen in shape.items()
-        if getattr(options, name) not in (seen, defaults[name])
+        f"{option} is {value!r}, asked for {getattr(options, option)!r}"
+        for option, value in seen.items()
+        if getattr(options, option) not in (value, defaults[option])
     ]
     if differing:
         raise ValueError(
