@@ -17,7 +17,7 @@ stop=${STOP_AFTER:+--stop_after $STOP_AFTER}
 mkdir -p "$out"
 
 if [ "${CPU:-0}" = 1 ]; then
-    : "${MAX_PROMPTS:=3500}" "${SELF_PROMPTS:=2400}" "${PASSAGES:=512}" "${BATCH_SIZE:=128}" "${WRITERS:=2}"
+    : "${MAX_PROMPTS:=3500}" "${SELF_PROMPTS:=2400}" "${PASSAGES:=768}" "${CODE:=1024}" "${BATCH_SIZE:=128}" "${WRITERS:=2}"
     : "${STEPS:=3600}" "${ROWS:=8}" "${ANCHORS:=32}" "${COMPILE:=True}" "${FEATURES:=cache}" "${LOSS_CHUNK:=128}"
     : "${EVAL_EVERY:=2500}" "${SIDE_BY_SIDE:=1}"
     # One thread a process, and memory that the allocator keeps: without these a step takes up to twice as long.
@@ -54,19 +54,19 @@ text() {
         { echo "shards are missing: run the script again to go on, or with ENOUGH=1 to do with what is there" >&2; exit 1; }
 }
 if [ -n "${TEXT:-}" ]; then # text that was written before
-    for part in ${PARTS:-text passages more}; do cp -rn "$TEXT/$part" "$out/"; done
+    for part in ${PARTS:-text passages more long code}; do cp -rn "$TEXT/$part" "$out/"; done
 else
     text "$out/text" --prompts "$here/prompts/instruct_train_prompts.jsonl" "$here/prompts/gsm8k_train_prompts.jsonl" \
         --max_prompts "${MAX_PROMPTS:-8000}" --self_prompts "${SELF_PROMPTS:-60000}" --openings "$here/openings.txt" \
         --max_prompt_tokens 400 --batch_size "${BATCH_SIZE:-512}"
-    # Then prompts about passages of what it wrote.
+    # Then prompts about passages and functions of what it wrote.
     [ -f "$out/passages.jsonl" ] || "$python" "$here/passages.py" --target "$out/target" --data "$out/text" \
-        --count "${PASSAGES:-8000}" --out "$out/passages.jsonl"
-    text "$out/passages" --prompts "$out/passages.jsonl" --max_prompt_tokens 700 --batch_size "$((${BATCH_SIZE:-512} / 2))"
+        --count "${PASSAGES:-12000}" --most "${MOST:-7}" --several 0.5 --code "${CODE:-12000}" --out "$out/passages.jsonl"
+    text "$out/passages" --prompts "$out/passages.jsonl" --max_prompt_tokens 1100 --batch_size "$((${BATCH_SIZE:-512} / 2))"
 fi
 
 data=()
-for part in text passages more; do [ ! -d "$out/$part" ] || data+=("$out/$part"); done
+for part in text passages more long code; do [ ! -d "$out/$part" ] || data+=("$out/$part"); done
 
 # drafter ROLE [OPTION...]
 drafter() {

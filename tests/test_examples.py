@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -49,13 +50,44 @@ class TestPassages:
         target, folder = text
         options = ["--target", target, "--data", folder, "--shortest", 999, "--out", tmp_path / "prompts.jsonl"]
         done = run("passages.py", *options)
-        assert done.returncode == 1 and "has 0 passages; two are needed" in done.stderr
+        assert done.returncode == 1 and "0 passages; --most 2 needs as many" in done.stderr
+
+    def test_long_prompts_hold_several_replies(self, text, tmp_path):
+        target, folder = text
+        out = tmp_path / "prompts.jsonl"
+        options = ["--target", target, "--data", folder, folder, "--count", 20, "--shortest", 3, "--out", out]
+        done = run("passages.py", *options, "--most", 5, "--several", 1)
+        assert done.returncode == 0, done.stderr
+        counts = {json.loads(line)["prompt"].count("Document ") for line in out.read_text().splitlines()}
+        assert max(counts) >= 3 and counts <= {0, 2, 3, 4, 5}
+
+
+class TestPromptsAboutCode:
+    @pytest.fixture
+    def about_code(self):
+        return runpy.run_path(str(ROOT / "examples" / "passages.py"))["about_code"]
+
+    def test_hold_the_function_or_its_head_and_request(self, about_code):
+        code = "def twice(n):\n    return 2 * n"
+        prompts = about_code("Double a number.", f"Here it is:\n\n```python\n{code}\n```\nIt doubles.")
+        heads = [prompt for prompt in prompts if "Double a number." in prompt]
+        assert heads and all('```python\ndef twice(n):\n    """Double a number."""\n```' in prompt for prompt in heads)
+        whole = [prompt for prompt in prompts if prompt not in heads]
+        assert whole and all(f"```python\n{code}\n```" in prompt for prompt in whole)
+
+    def test_none_without_a_function(self, about_code):
+        assert about_code("Say it.", "As in ```x = 1```, it is def nothing():") == []
+
+    def test_a_long_request_is_no_docstring(self, about_code):
+        prompts = about_code("word " * 100, "```python\ndef f():\n    pass\n```")
+        assert prompts and not any("word" in prompt for prompt in prompts)
 
 
 @pytest.mark.slow
 def test_the_script_for_smollm2_makes_a_pair_and_goes_on_where_it_stopped(tmp_path):
     """All stages on the real target, with a few rows and steps; the first call stops in the text."""
-    sizes = dict(MAX_PROMPTS=60, SELF_PROMPTS=8, PASSAGES=6, STEPS=6, ROWS=2, ANCHORS=8, BATCH_SIZE=16, COMPILE=False)
+    sizes = dict(MAX_PROMPTS=60, SELF_PROMPTS=8, PASSAGES=6, MOST=2, CODE=4, BATCH_SIZE=16)
+    sizes |= dict(STEPS=6, ROWS=2, ANCHORS=8, COMPILE=False)
     environment = {**os.environ, **{name: str(value) for name, value in sizes.items()}, "PYTHON": sys.executable}
     command = [str(ROOT / "examples" / "train_smollm2.sh"), str(tmp_path / "run")]
     stopped = subprocess.run(command, env={**environment, "STOP_AFTER": "0"}, capture_output=True, text=True)
