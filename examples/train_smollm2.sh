@@ -54,7 +54,7 @@ text() {
         { echo "shards are missing: run the script again to go on, or with ENOUGH=1 to do with what is there" >&2; exit 1; }
 }
 if [ -n "${TEXT:-}" ]; then # text that was written before
-    for part in ${PARTS:-text passages more long code}; do cp -rn "$TEXT/$part" "$out/"; done
+    for part in ${PARTS:-text passages more long code tasks}; do cp -rn "$TEXT/$part" "$out/"; done
 else
     text "$out/text" --prompts "$here/prompts/instruct_train_prompts.jsonl" "$here/prompts/gsm8k_train_prompts.jsonl" \
         --max_prompts "${MAX_PROMPTS:-8000}" --self_prompts "${SELF_PROMPTS:-60000}" --openings "$here/openings.txt" \
@@ -66,7 +66,7 @@ else
 fi
 
 data=()
-for part in text passages more long code; do [ ! -d "$out/$part" ] || data+=("$out/$part"); done
+for part in text passages more long code tasks; do [ ! -d "$out/$part" ] || data+=("$out/$part"); done
 
 # drafter ROLE [OPTION...]
 drafter() {
