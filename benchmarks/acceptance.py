@@ -120,9 +120,9 @@ def table(args, rows: list[dict]) -> dict[str, dict]:
         files = sorted({row["file"] for row in mine})
         result[strategy] = {
             "prompts": sum(len(row["keys"]) for row in mine),
-            "mean of files": round(sum(means[file] for file in files) / max(len(files), 1), 3),
+            "mean of files": round(sum(means[file] for file in files) / max(len(files), 1), 4),
             "nodes a pass": round(sum(row["nodes"] for row in mine) / max(sum(row["passes"] for row in mine), 1), 1),
-            **{group: round(mean, 3) for group, mean in means.items()},
+            **{group: round(mean, 4) for group, mean in means.items()},
         }
     return result
 

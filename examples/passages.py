@@ -73,12 +73,14 @@ def about_code(request: str, reply: str) -> list[str]:
 
 
 def read_texts(folders: list[Path], tokenizer) -> list[tuple[str, str, int]]:
-    """Request, reply, and the reply's tokens, of every row."""
+    """Request, reply, and the reply's tokens, of every row that is a chat's first turn."""
     chat = [{"role": "user", "content": MARK}]
     before, after = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).split(MARK)
     texts = []
     for row in read_rows(*folders):
         request = tokenizer.decode(row.tokens[: row.prompt_length]).removeprefix(before).removesuffix(after)
+        if after in request:
+            continue
         reply = tokenizer.decode(row.tokens[row.prompt_length :], skip_special_tokens=True).strip()
         texts.append((request, reply, row.response_length))
     return texts
@@ -100,7 +102,7 @@ def main() -> None:
     passages = sorted({reply for _, reply, length in texts if length >= args.shortest and is_prose(reply)})
     questions = sorted({request for request, _, _ in texts if request.endswith("?") and len(request) < 120})
     if args.count and not 2 <= args.most <= len(passages):
-        raise SystemExit(f"{len(passages)} passages; --most {args.most} needs as many, at least 2. Write more text.")
+        raise SystemExit(f"--most {args.most}: from 2 to the {len(passages)} passages there are. Write more text.")
     rng = random.Random(args.seed)
     prompts = []
     for _ in range(args.count):

@@ -54,7 +54,9 @@ text() {
         { echo "shards are missing: run the script again to go on, or with ENOUGH=1 to do with what is there" >&2; exit 1; }
 }
 if [ -n "${TEXT:-}" ]; then # text that was written before
-    for part in ${PARTS:-text passages more long code tasks}; do cp -rn "$TEXT/$part" "$out/"; done
+    for part in ${PARTS:-text passages more long code tasks}; do
+        [ -z "${PARTS:-}" ] && [ ! -d "$TEXT/$part" ] || cp -rn "$TEXT/$part" "$out/" # asked for by name: it must be there
+    done
 else
     text "$out/text" --prompts "$here/prompts/instruct_train_prompts.jsonl" "$here/prompts/gsm8k_train_prompts.jsonl" \
         --max_prompts "${MAX_PROMPTS:-8000}" --self_prompts "${SELF_PROMPTS:-60000}" --openings "$here/openings.txt" \

@@ -50,7 +50,7 @@ class TestPassages:
         target, folder = text
         options = ["--target", target, "--data", folder, "--shortest", 999, "--out", tmp_path / "prompts.jsonl"]
         done = run("passages.py", *options)
-        assert done.returncode == 1 and "0 passages; --most 2 needs as many" in done.stderr
+        assert done.returncode == 1 and "--most 2: from 2 to the 0 passages" in done.stderr
 
     def test_long_prompts_hold_several_replies(self, text, tmp_path):
         target, folder = text
@@ -60,6 +60,15 @@ class TestPassages:
         assert done.returncode == 0, done.stderr
         counts = {json.loads(line)["prompt"].count("Document ") for line in out.read_text().splitlines()}
         assert max(counts) >= 3 and counts <= {0, 2, 3, 4, 5}
+
+    def test_requests_are_those_of_first_turns(self, text, tmp_path):
+        target, _ = text
+        read_texts = runpy.run_path(str(ROOT / "examples" / "passages.py"))["read_texts"]
+        chats, out = tmp_path / "chats.jsonl", tmp_path / "text"
+        chats.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in (["a b", "c d"], ["c d"])))
+        distill(DistillOptions(str(target), out, prompts=[str(chats)], dtype="float32", max_new_tokens=4))
+        requests = [request.strip() for request, _, _ in read_texts([out], tf.AutoTokenizer.from_pretrained(target))]
+        assert len(read_rows(out)) == 3 and sorted(requests) == ["a b", "c d"]
 
 
 class TestPromptsAboutCode:
