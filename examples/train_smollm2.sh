@@ -80,6 +80,7 @@ drafter() {
         --draft_vocab_size "${DRAFT_VOCAB:-12288}" --mask_token '<empty_output>' --rows "${ROWS:-16}" --anchors "${ANCHORS:-64}" \
         --lr "${LR:-1e-3}" --tau "${TAU:-2}" --features "${FEATURES:-online}" --compile "${COMPILE:-False}" \
         --loss_chunk "${LOSS_CHUNK:-1024}" --max_steps "$steps" --eval_every "${EVAL_EVERY:-1000}" --save_every 100 \
+        --seed "${SEED:-0}" \
         $stop "$@"
     "$python" - "$out/$role/checkpoint.safetensors" "$steps" <<'PYTHON'
 import sys
@@ -91,13 +92,18 @@ if step < int(sys.argv[2]):
     sys.exit(f"step {step} of {sys.argv[2]}: run the script again to go on")
 PYTHON
 }
-if [ "${SIDE_BY_SIDE:-0}" = 1 ]; then # a core each: on policy can be only the first drafter that is there already
-    drafter second --prefix_base "${PREFIX_BASE:-0.8}" ${INIT:+--first "$INIT/first/last" --on_policy "${ON_POLICY:-0}"} &
+second() { drafter second --prefix_base "${PREFIX_BASE:-0.8}" "$@"; }
+beside=(${INIT:+--first "$INIT/first/last" --on_policy "${ON_POLICY:-0}"})
+if [ "${ONLY:-}" = second ]; then
+    cp -rn "${INIT:?ONLY=second goes on from the drafters of INIT=FOLDER}/first" "$out/"
+    second "${beside[@]}"
+elif [ "${SIDE_BY_SIDE:-0}" = 1 ]; then # a core each: on policy can be only the first drafter that is there already
+    second "${beside[@]}" &
     drafter first
     wait $!
 else
     drafter first
-    drafter second --prefix_base "${PREFIX_BASE:-0.8}" --first "$out/first/last"
+    second --first "$out/first/last"
 fi
 
 for role in first second; do

@@ -98,19 +98,28 @@ def test_the_script_for_smollm2_makes_a_pair_and_goes_on_where_it_stopped(tmp_pa
     sizes = dict(MAX_PROMPTS=60, SELF_PROMPTS=8, PASSAGES=6, MOST=2, CODE=4, BATCH_SIZE=16)
     sizes |= dict(STEPS=6, ROWS=2, ANCHORS=8, COMPILE=False)
     environment = {**os.environ, **{name: str(value) for name, value in sizes.items()}, "PYTHON": sys.executable}
-    command = [str(ROOT / "examples" / "train_smollm2.sh"), str(tmp_path / "run")]
-    stopped = subprocess.run(command, env={**environment, "STOP_AFTER": "0"}, capture_output=True, text=True)
+    whole, further, second = (tmp_path / name for name in ("whole", "further", "second"))
+
+    def train(out: Path, **variables: object) -> subprocess.CompletedProcess:
+        command = [str(ROOT / "examples" / "train_smollm2.sh"), str(out)]
+        variables = {name: str(value) for name, value in variables.items()}
+        return subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, check=False)
+
+    stopped = train(whole, STOP_AFTER=0)
     assert stopped.returncode == 1 and "shards are missing" in stopped.stderr, stopped.stderr[-2000:]
-    done = subprocess.run(command, env={**environment, "CPU": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in (
+        train(whole, CPU=1),
+        train(further, CPU=1, INIT=whole, TEXT=whole, PARTS="text passages"),
+        train(second, CPU=1, INIT=further, TEXT=whole, PARTS="text passages", ONLY="second", SEED=1),
+    ):
+        assert done.returncode == 0, done.stderr[-2000:]
     for role in ("first", "second"):
-        losses = [json.loads(line) for line in (tmp_path / "run" / role / "log.jsonl").read_text().splitlines()]
+        losses = [json.loads(line) for line in (whole / role / "log.jsonl").read_text().splitlines()]
         assert losses[-1]["step"] == 6
-    further = {"INIT": str(tmp_path / "run"), "TEXT": str(tmp_path / "run"), "PARTS": "text passages", "CPU": "1"}
-    command = [command[0], str(tmp_path / "further")]
-    done = subprocess.run(command, env={**environment, **further}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    pair = D2SDAssistant.from_pretrained(tmp_path / "further" / "pair")
+    pair = D2SDAssistant.from_pretrained(further / "pair")
     assert all(len(drafter.config.confidence_temperatures) == 7 for drafter in pair.drafters)
     assert sum(parameter.numel() for parameter in pair.parameters()) < 20e6
     assert {drafter.config.draft_vocab_size for drafter in pair.drafters} == {12288}
+    kept, changed = zip(pair.drafters, D2SDAssistant.from_pretrained(second / "pair").drafters)
+    assert all(a.equal(b) for a, b in zip(*(drafter.state_dict().values() for drafter in kept)))
+    assert not all(a.equal(b) for a, b in zip(*(drafter.state_dict().values() for drafter in changed)))
