@@ -9,11 +9,13 @@
 # about two hours on two cores with AMX, a process on each. With TEXT=examples/smollm2_text it learns from the text that
 # is there, which took half of the time. INIT=FOLDER goes on from the drafters of another such FOLDER. How the pair in
 # hub_cards/ came about is in its card.
+# ONLY=second goes on from the second drafter alone, beside the first as it is there.
 set -euo pipefail
 out=${1:?usage: examples/train_smollm2.sh FOLDER}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
 stop=${STOP_AFTER:+--stop_after $STOP_AFTER}
+[ "${ONLY:-}" != second ] || : "${INIT:?ONLY=second goes on from the drafters of another FOLDER}"
 mkdir -p "$out"
 
 if [ "${CPU:-0}" = 1 ]; then
@@ -92,18 +94,17 @@ if step < int(sys.argv[2]):
     sys.exit(f"step {step} of {sys.argv[2]}: run the script again to go on")
 PYTHON
 }
-second() { drafter second --prefix_base "${PREFIX_BASE:-0.8}" "$@"; }
-beside=(${INIT:+--first "$INIT/first/last" --on_policy "${ON_POLICY:-0}"})
+beside() { drafter second --prefix_base "${PREFIX_BASE:-0.8}" ${INIT:+--first "$INIT/first/last" --on_policy "${ON_POLICY:-0}"}; }
 if [ "${ONLY:-}" = second ]; then
-    cp -rn "${INIT:?ONLY=second goes on from the drafters of INIT=FOLDER}/first" "$out/"
-    second "${beside[@]}"
+    cp -rn "$INIT/first" "$out/"
+    beside
 elif [ "${SIDE_BY_SIDE:-0}" = 1 ]; then # a core each: on policy can be only the first drafter that is there already
-    second "${beside[@]}" &
+    beside &
     drafter first
     wait $!
 else
     drafter first
-    second --first "$out/first/last"
+    drafter second --prefix_base "${PREFIX_BASE:-0.8}" --first "$out/first/last"
 fi
 
 for role in first second; do
