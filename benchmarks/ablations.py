@@ -3,7 +3,8 @@
     python benchmarks/ablations.py --target TARGET --data TEXT --work FOLDER --out FILE.json
 
 TEXT is a folder of `hf-d2sd distill`. Every variant takes the same number of steps over the same rows; the second
-drafters of the last two lines learn beside the first drafter of the line "base". Measured on rows that are held out
+drafters of the last two lines learn beside the first drafter of the line "base". Two lines change the seed alone: less
+than they differ from "base", a difference means nothing. Measured on rows that are held out
 of training, at every position of every response, along the target's own text: tokens a target pass of the chain (the
 drafted tokens before the first wrong one, and the target's own), and for a second drafter those of a chain whose rest
 is drafted again where the first drafter goes wrong. A killed run goes on; several processes share the variants.
@@ -29,6 +30,8 @@ from hf_d2sd.training.trainer import DrafterRun
 
 VARIANTS = {
     "base": {},
+    "another seed": {"seed": 1},
+    "a third seed": {"seed": 2},
     "layers from the target's top": {"init_layers": "target"},
     "D-PACE weights": {"loss": "dpace"},
     "layer-wise feature fusion": {"feature_fusion": "layerwise"},
