@@ -3,11 +3,12 @@
     python benchmarks/ablations.py --target TARGET --data TEXT --work FOLDER --out FILE.json
 
 TEXT is a folder of `hf-d2sd distill`. Every variant takes the same number of steps over the same rows; the second
-drafters of the last two lines learn beside the first drafter of the line "base". Two lines change the seed alone: less
-than they differ from "base", a difference means nothing. Measured on rows that are held out
-of training, at every position of every response, along the target's own text: tokens a target pass of the chain (the
-drafted tokens before the first wrong one, and the target's own), and for a second drafter those of a chain whose rest
-is drafted again where the first drafter goes wrong. A killed run goes on; several processes share the variants.
+drafters of the last two lines learn beside the first drafter of the line "base". With --pair every variant goes on from
+the drafters of that pair, and those that would have another shape are left out. Two lines change the seed alone: a
+difference from "base" that is no greater than theirs means nothing. Measured on rows that are held out of training, at
+every position of every response, along the target's own text: tokens a target pass of the chain (the drafted tokens
+before the first wrong one, and the target's own), and for a second drafter those of a chain whose rest is drafted again
+where the first drafter goes wrong. A killed run goes on; several processes share the variants.
 """
 
 import argparse
@@ -48,6 +49,14 @@ VARIANTS = {
 }
 
 
+RESHAPING = ("num_layers", "intermediate_size", "target_layer_ids", "feature_fusion", "init_layers")
+
+
+def keeps_shape(variant: str) -> bool:
+    changes = VARIANTS[variant]
+    return not any(option in changes for option in RESHAPING) and changes.get("draft_vocab_size", 1) is not None
+
+
 def options_of(variant: str, args) -> TrainOptions:
     base = dict(
         target=args.target,
@@ -62,7 +71,7 @@ def options_of(variant: str, args) -> TrainOptions:
         rows=8,
         anchors=32,
         loss_chunk=128,
-        lr=1e-3,
+        lr=args.lr,
         max_steps=args.steps,
         eval_every=10 * args.steps,
         save_every=100,
@@ -70,6 +79,9 @@ def options_of(variant: str, args) -> TrainOptions:
         compile=args.compile,
         first=str(args.work / "base" / "last") if "second" in variant else None,
     )
+    if args.pair is not None:
+        first = args.pair if "second" in variant else None
+        base |= dict(init=args.pair, first=first, draft_vocab_size=None, held_out=50)  # as in the pair's own training
     return TrainOptions(**{**base, **VARIANTS[variant]})
 
 
@@ -140,17 +152,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--pair", help="to go on from")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--mask-token", default="<empty_output>")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
+    possible = [variant for variant in VARIANTS if args.pair is None or keeps_shape(variant)]
+    args.variants = args.variants or possible
+    if not set(args.variants) <= set(possible):
+        parser.error(f"drafters that are there keep their shape; with --pair the variants are {possible}")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     paths = {variant: args.work / f"{options_of(variant, args).out.name}.json" for variant in args.variants}
     for variant, path in paths.items():
-        if "second" in variant:  # needs the first drafter of "base", which another process may have in hand
+        if "second" in variant and args.pair is None:  # needs the first drafter of "base", which another process may have in hand
             base = args.work / "base.json"
             write_once(base, lambda path: run_variant("base", args, path), wait=True)
         write_once(path, lambda path, variant=variant: run_variant(variant, args, path))
@@ -160,7 +178,9 @@ def main() -> None:
         write_once(path, lambda path, variant=variant: run_variant(variant, args, path), wait=True)
     result = {
         "what": "tokens a target pass along the target's greedy text of held-out rows, after a short run",
+        "pair": args.pair and Path(args.pair).name,
         "steps": args.steps,
+        "lr": args.lr,
         "blocks_a_step": 8 * 32,
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
         "cpu": f"{platform.machine()}, {args.threads} threads a process",

@@ -7,9 +7,8 @@
 # be killed and started again; with STOP_AFTER=9 each stage ends after nine minutes, and the script ends with it unless
 # the stage is done. The figures below are for a GPU, where all of it takes well under an hour. CPU=1 takes smaller ones:
 # about two hours on two cores with AMX, a process on each. With TEXT=examples/smollm2_text it learns from the text that
-# is there, which took half of the time. INIT=FOLDER goes on from the drafters of another such FOLDER. How the pair in
-# hub_cards/ came about is in its card.
-# ONLY=second goes on from the second drafter alone, beside the first as it is there.
+# is there, which took half of the time. INIT=FOLDER goes on from the drafters of another such FOLDER; with ONLY=second from
+# the second one alone, beside the first as it is there. How the pair in hub_cards/ came about is in its card.
 set -euo pipefail
 out=${1:?usage: examples/train_smollm2.sh FOLDER}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

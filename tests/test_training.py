@@ -1,5 +1,6 @@
 """Training: blocks see what they may, the loss is the paper's, a killed run goes on, and drafters learn."""
 
+import copy
 import json
 import math
 import os
@@ -451,6 +452,23 @@ class TestGoingOn:
             assert run.trainee.model.state_dict()[name].equal(tensor), name
         run.update()
         assert not run.trainee.model.fc.weight.equal(kept.fc.weight)
+
+    def test_a_pair_stands_for_its_drafter_of_that_role(self, target, data, first, tmp_path):
+        kept = D2SDDrafterModel.from_pretrained(first / "last", dtype=torch.float32)
+        other = copy.deepcopy(kept)
+        torch.nn.init.ones_(other.fc.weight)
+        D2SDAssistant.from_drafters(kept, other).save_pretrained(tmp_path / "pair")
+        pair = str(tmp_path / "pair")
+        run = self.run(target, data, tmp_path / "a", init=pair, block_size=4)
+        assert run.trainee.model.fc.weight.equal(kept.fc.weight)
+        run = self.run(target, data, tmp_path / "b", role="second", init=pair, first=pair, block_size=4)
+        assert run.trainee.model.fc.weight.equal(other.fc.weight)
+        assert run.first.fc.weight.equal(kept.fc.weight)
+
+    def test_a_pair_without_that_drafter(self, target, data, first, tmp_path):
+        D2SDAssistant.from_drafters(str(first / "last")).save_pretrained(tmp_path / "pair")
+        with pytest.raises(ValueError, match="has no second drafter"):
+            self.run(target, data, tmp_path, role="second", init=str(tmp_path / "pair"))
 
     def test_it_goes_on_learning(self, target, data, first, tmp_path):
         train(options(target, data, tmp_path, init=str(first / "last"), lr=1e-3))

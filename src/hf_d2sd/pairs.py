@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from .modeling import D2SDAssistant, D2SDConfig, D2SDDrafterConfig
+from .modeling import D2SDAssistant, D2SDConfig, D2SDDrafterConfig, D2SDDrafterModel
 
 
 def refuse_missing_folder(name: str) -> None:
@@ -38,3 +38,17 @@ def load_assistant(drafters: Sequence[str], dtype: torch.dtype) -> D2SDAssistant
     if is_pair(drafters[0]):
         return D2SDAssistant.from_pretrained(drafters[0], dtype=dtype).eval()
     return D2SDAssistant.from_drafters(*drafters, dtype=dtype)
+
+
+def load_drafter(name: str, role: str, **kwargs) -> D2SDDrafterModel:
+    """A drafter, or of a pair the one with this role, "first" or "second"; `kwargs` go to `from_pretrained`.
+
+    Raises:
+        ValueError: for a pair without such a drafter.
+    """
+    if not is_pair(name):
+        return D2SDDrafterModel.from_pretrained(name, **kwargs)
+    drafter = getattr(D2SDAssistant.from_pretrained(name, **kwargs), role)
+    if drafter is None:
+        raise ValueError(f"{name} has no {role} drafter: its first is the only one.")
+    return drafter

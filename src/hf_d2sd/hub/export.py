@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..drafting import draft_head
-from ..modeling import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
+from ..modeling import D2SDDrafterConfig, D2SDDrafterModel
 from ..modeling.formats_d2sd import EXTRAS
+from ..pairs import load_drafter
 
 _SAME = (  # keys that stay as they are
     "vocab_size",
@@ -75,16 +76,6 @@ def export(options: ExportOptions) -> dict:
         metadata={"format": "pt"},
     )
     return {"format": options.format, "tensors": len(tensors), "out": str(options.out)}
-
-
-def load_drafter(path: str, role: str) -> D2SDDrafterModel:
-    """The drafter of a folder or Hub repository; of a pair, the one with this role."""
-    if PreTrainedConfig.get_config_dict(path)[0].get("model_type") != "d2sd":
-        return D2SDDrafterModel.from_pretrained(path)
-    drafter = getattr(D2SDAssistant.from_pretrained(path), role)
-    if drafter is None:
-        raise ValueError(f"{path} has no {role} drafter: leave --role out.")
-    return drafter
 
 
 def obstacles(config: D2SDDrafterConfig, format: str) -> list[str]:

@@ -14,10 +14,10 @@ class TrainOptions:
     data: list[Path] = field(metadata={"help": "folders of `hf-d2sd distill`, one or more"})
     out: Path = field(metadata={"help": "folder of the run: checkpoint, log, the last and the best drafter"})
     role: str = field(default="first", metadata={"help": "first, second, or lm", "choices": ["first", "second", "lm"]})
-    first: str | None = field(default=None, metadata={"help": "second: the trained first drafter, a folder or Hub id"})
+    first: str | None = field(default=None, metadata={"help": "second: the trained first drafter, or a pair that has it"})
     init: str | None = field(
         default=None,
-        metadata={"help": "a drafter to go on from, a folder or Hub id: its shape and weights"},
+        metadata={"help": "a drafter to go on from, or a pair, whose drafter of this role it is; a folder or Hub id"},
     )
     features: str = field(
         default="cache",

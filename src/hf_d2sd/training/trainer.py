@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..integration import bind
 from ..modeling import D2SDAssistant, D2SDDrafterModel
+from ..pairs import load_drafter
 from .blocks import Blocks, cut_blocks, draw_anchors, draw_prefix_lengths
 from .draft_lm import DraftLMRun
 from .drafters import Trainee, drafter_config, frequent_tokens, new_drafter
@@ -121,7 +122,7 @@ class DrafterRun(TrainingRun):
 def _load_first(options: TrainOptions, device: torch.device) -> D2SDDrafterModel | None:
     if options.role == "first" or options.first is None:
         return None
-    first = D2SDDrafterModel.from_pretrained(options.first, dtype=torch.float32)
+    first = load_drafter(options.first, "first", dtype=torch.float32)
     return first.to(device).eval().requires_grad_(False)
 
 
@@ -147,7 +148,7 @@ def _loaded_model(options: TrainOptions, target, tokenizer, rows: list[Row]) -> 
     Raises:
         ValueError: for an option that asks for another shape than the drafter has, or a drafter without a mask token.
     """
-    model = D2SDDrafterModel.from_pretrained(options.init, dtype=torch.float32, attn_implementation=options.attention)
+    model = load_drafter(options.init, options.role, dtype=torch.float32, attn_implementation=options.attention)
     config = model.config
     if config.vocab_size is None:
         config.vocab_size = target.config.get_text_config(decoder=True).vocab_size
