@@ -3,12 +3,12 @@
     python benchmarks/ablations.py --target TARGET --data TEXT --work FOLDER --out FILE.json
 
 TEXT is a folder of `hf-d2sd distill`. Every variant takes the same number of steps over the same rows; the second
-drafters of the last two lines learn beside the first drafter of the line "base". With --pair every variant goes on from
-the drafters of that pair, and those that would have another shape are left out. Two lines change the seed alone: a
-difference from "base" that is no greater than theirs means nothing. Measured on rows that are held out of training, at
-every position of every response, along the target's own text: tokens a target pass of the chain (the drafted tokens
-before the first wrong one, and the target's own), and for a second drafter those of a chain whose rest is drafted again
-where the first drafter goes wrong. A killed run goes on; several processes share the variants.
+drafters of the last two lines learn beside the first drafter of the line "base". With --pair every variant goes on
+from the drafters of that pair, and those that would have another shape are left out. Two lines change the seed alone:
+a difference from "base" that is no greater than theirs means nothing. Measured on rows that are held out of training,
+at every position of every response, along the target's own text: tokens a target pass of the chain (the drafted
+tokens before the first wrong one, and the target's own), and for a second drafter those of a chain whose rest is
+drafted again where the first drafter goes wrong. A killed run goes on; several processes share the variants.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     paths = {variant: args.work / f"{options_of(variant, args).out.name}.json" for variant in args.variants}
     for variant, path in paths.items():
-        if "second" in variant and args.pair is None:  # needs the first drafter of "base", which another process may have in hand
+        if "second" in variant and args.pair is None:  # beside "base", which another process may have in hand
             base = args.work / "base.json"
             write_once(base, lambda path: run_variant("base", args, path), wait=True)
         write_once(path, lambda path, variant=variant: run_variant(variant, args, path))

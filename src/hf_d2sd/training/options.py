@@ -14,7 +14,7 @@ class TrainOptions:
     data: list[Path] = field(metadata={"help": "folders of `hf-d2sd distill`, one or more"})
     out: Path = field(metadata={"help": "folder of the run: checkpoint, log, the last and the best drafter"})
     role: str = field(default="first", metadata={"help": "first, second, or lm", "choices": ["first", "second", "lm"]})
-    first: str | None = field(default=None, metadata={"help": "second: the trained first drafter, or a pair that has it"})
+    first: str | None = field(default=None, metadata={"help": "second: the trained first drafter, or its pair"})
     init: str | None = field(
         default=None,
         metadata={"help": "a drafter to go on from, or a pair, whose drafter of this role it is; a folder or Hub id"},
