@@ -32,7 +32,7 @@ from hf_d2sd.training.blocks import (
 )
 from hf_d2sd.training.distill import DistillOptions, distill
 from hf_d2sd.training.drafters import Trainee
-from hf_d2sd.training.features import CachedFeatures, compute_features, compute_teacher
+from hf_d2sd.training.features import FeatureCache, TeacherCache, compute_features, compute_teacher, read_placed_rows
 from hf_d2sd.training.losses import Labels, slot_losses, slot_weights
 from hf_d2sd.training.options import TrainOptions
 from hf_d2sd.training.pair import JoinOptions, join
@@ -382,6 +382,20 @@ class TestARun:
         weights = D2SDDrafterModel.from_pretrained(tmp_path / "run" / "last", dtype=torch.float32).layer_weights
         assert weights.shape == (2, 2) and len(set(weights.flatten().tolist())) > 1
 
+    def test_the_teacher_is_kept_and_is_that_of_each_step(self, target, data, tmp_path):
+        train(options(target, data, tmp_path / "cached", distill_top_k=3))
+        model, cache = tf.AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32), TeacherCache(3)
+        for row in read_placed_rows(data)[:5]:
+            (teacher,) = compute_teacher(model, [row], 3)
+            ids, log_probs = cache.read(row)
+            torch.testing.assert_close(log_probs, teacher.log_probs, atol=1e-4, rtol=1e-4)
+            assert ids.tolist() == teacher.ids.tolist()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train(options(target, data, tmp_path / "online", distill_top_k=3, features="online"))
+        for line, other in zip(log_of(tmp_path / "cached"), log_of(tmp_path / "online"), strict=True):
+            if "loss" in line:
+                assert abs(line["loss"] - other["loss"]) < 0.05
+
     def test_distillation_trains(self, target, data, tmp_path):
         train(options(target, data, tmp_path / "run", distill_top_k=4))
         losses = [line["loss"] for line in log_of(tmp_path / "run") if "loss" in line]
@@ -664,8 +678,8 @@ class TestErrors:
     @pytest.mark.parametrize("damage", ["cut", "other"])
     def test_features_that_are_damaged_or_of_other_rows(self, target, data, first, tmp_path, damage):
         model = tf.AutoModelForCausalLM.from_pretrained(target)
-        cache = CachedFeatures(data, [0, 2])
-        path = cache.folder / shard_paths(data)[0].name
+        cache = FeatureCache([0, 2])
+        path = data / cache.name / shard_paths(data)[0].name
         content = path.read_bytes()
         try:
             if damage == "cut":
@@ -673,7 +687,7 @@ class TestErrors:
             else:
                 save_file(load_file(path), path, {"rows": "0"})
             with pytest.raises(ValueError, match="is damaged" if damage == "cut" else "of other rows"):
-                cache.fill(model, 4)
+                cache.fill(data, model, 4)
         finally:
             path.write_bytes(content)
 

@@ -1,7 +1,7 @@
-"""The target's hidden states at the layers that drafters read: computed in training, or once and kept in bf16."""
+"""What drafters learn from the target: hidden states and likeliest tokens, computed in training, or once and kept."""
 
 import hashlib
-import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,65 +50,108 @@ def compute_features(target, rows: Sequence[Row], layer_ids: list[int]) -> list[
     return [row_features[: len(row.tokens)] for row_features, row in zip(features, rows)]
 
 
-class CachedFeatures:
-    """Features on disk, one file beside each shard of rows; a file that is there is not computed again."""
+class TokenCache(ABC):
+    """Tensors of every token, one file beside each shard of rows; a file that is there is not computed again."""
 
-    def __init__(self, folder: Path, layer_ids: list[int]):
-        self.rows_folder, self.layer_ids = folder, layer_ids
-        self.folder = folder / f"features-{'-'.join(map(str, layer_ids))}"
+    name: str  # of the folder, inside that of the rows
+    tensors: tuple[str, ...]
 
-    def fill(self, target, batch_size: int) -> None:
-        """Compute what is missing; can be killed and started again, and run in several processes at once.
+    @abstractmethod
+    def compute(self, target, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
+        """For each row one tensor (T, ...) of each name."""
+
+    def fill(self, folder: Path, target, batch_size: int) -> None:
+        """Compute what is missing of a folder of rows; can be killed, and run in several processes at once.
 
         Raises:
-            ValueError: for features that were computed of other rows.
+            ValueError: for tensors that were computed of other rows, and damaged files.
         """
-        self.folder.mkdir(exist_ok=True)
-        paths = shard_paths(self.rows_folder)
+        (folder / self.name).mkdir(exist_ok=True)
+        paths = shard_paths(folder)
 
         def write(cached: Path) -> None:
-            rows = read_shard(self.rows_folder / cached.name)
-            metadata = {"rows": _digest(rows), "layer_ids": json.dumps(self.layer_ids)}
-            write_atomically({"features": self._of_shard(target, rows, batch_size)}, cached, metadata)
+            rows = read_shard(folder / cached.name)
+            write_atomically(self._of_shard(target, rows, batch_size), cached, {"rows": _digest(rows)})
 
-        for path in tqdm(paths, desc="features"):
-            write_once(self.folder / path.name, write)
+        for path in tqdm(paths, desc=self.name):
+            write_once(self._beside(path), write)
         for path in paths:  # some may still be in the hands of another process
-            write_once(self.folder / path.name, write, wait=True)
-            _check(self.folder / path.name, read_shard(path))
+            write_once(self._beside(path), write, wait=True)
+            self._check(self._beside(path), read_shard(path))
 
-    def _of_shard(self, target, rows: list[Row], batch_size: int) -> Tensor:
-        """(all the shard's tokens, F), bf16, in the shard's order."""
+    def read(self, row: "PlacedRow") -> list[Tensor]:
+        """(T, ...) of each name."""
+        with safe_open(self._beside(row.shard), "pt") as file:
+            return [file.get_slice(name)[row.start : row.start + len(row.tokens)] for name in self.tensors]
+
+    def _beside(self, shard: Path) -> Path:
+        return shard.parent / self.name / shard.name
+
+    def _of_shard(self, target, rows: list[Row], batch_size: int) -> dict[str, Tensor]:
+        """(all the shard's tokens, ...) of each name, in the shard's order."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))  # like lengths together
-        features = [torch.empty(0)] * len(rows)
+        of_rows = [()] * len(rows)
         for batch in batched(order, batch_size):
-            for i, states in zip(batch, compute_features(target, [rows[i] for i in batch], self.layer_ids)):
-                features[i] = states.to("cpu", torch.bfloat16)
-        return torch.cat(features) if features else torch.empty(0, 0, dtype=torch.bfloat16)
+            for i, values in zip(batch, self.compute(target, [rows[i] for i in batch])):
+                of_rows[i] = [value.cpu() for value in values]
+        columns = zip(*of_rows) if rows else [[torch.empty(0, 0)]] * len(self.tensors)
+        return dict(zip(self.tensors, map(torch.cat, columns)))
 
-    def locate(self) -> list["CachedRow"]:
-        """Every row with the place of its features, in the order of `read_rows`."""
-        located = []
-        for path in shard_paths(self.rows_folder):
-            start = 0
-            for row in read_shard(path):
-                located.append(CachedRow(row.tokens, row.prompt_length, self.folder / path.name, start))
-                start += len(row.tokens)
-        return located
+    def _check(self, path: Path, rows: list[Row]) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                tokens = file.get_slice(self.tensors[0]).get_shape()[0]
+                seen = (file.metadata() or {}).get("rows")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Delete it: it is computed again.") from error
+        if seen != _digest(rows) or tokens != sum(len(row.tokens) for row in rows):
+            raise ValueError(f"{path} was computed of other rows than {path.name} now has. Delete the folder.")
 
 
-class CachedRow(Row):
-    """A row that knows where its features are; they are read when asked for."""
+class FeatureCache(TokenCache):
+    """`compute_features`, in bf16."""
 
-    def __init__(self, tokens: Tensor, prompt_length: int, path: Path, start: int):
-        super().__init__(tokens, prompt_length)
-        object.__setattr__(self, "_place", (path, start))
+    tensors = ("features",)
 
-    def read_features(self) -> Tensor:
-        """(T, F), bf16."""
-        path, start = self._place
-        with safe_open(path, "pt") as file:
-            return file.get_slice("features")[start : start + len(self.tokens)]
+    def __init__(self, layer_ids: list[int]):
+        self.layer_ids = layer_ids
+        self.name = f"features-{'-'.join(map(str, layer_ids))}"
+
+    def compute(self, target, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
+        return [(features.to(torch.bfloat16),) for features in compute_features(target, rows, self.layer_ids)]
+
+
+class TeacherCache(TokenCache):
+    """`compute_teacher`."""
+
+    tensors = ("ids", "log_probs")
+
+    def __init__(self, top_k: int):
+        self.top_k = top_k
+        self.name = f"teacher-{top_k}"
+
+    def compute(self, target, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
+        teachers = compute_teacher(target, rows, self.top_k)
+        return [(teacher.ids.to(torch.int32), teacher.log_probs) for teacher in teachers]
+
+
+@dataclass(frozen=True)
+class PlacedRow(Row):
+    """A row that knows where it stands, so that a `TokenCache` finds what is its."""
+
+    shard: Path
+    start: int  # its first token's place among the shard's
+
+
+def read_placed_rows(folder: Path) -> list[PlacedRow]:
+    """In the order of `read_rows`."""
+    placed = []
+    for path in shard_paths(folder):
+        start = 0
+        for row in read_shard(path):
+            placed.append(PlacedRow(row.tokens, row.prompt_length, path, start))
+            start += len(row.tokens)
+    return placed
 
 
 def _digest(rows: list[Row]) -> str:
@@ -116,13 +159,3 @@ def _digest(rows: list[Row]) -> str:
     for row in rows:
         digest.update(row.tokens.to(torch.int32).numpy().tobytes() + b"|")
     return digest.hexdigest()[:32]
-
-
-def _check(path: Path, rows: list[Row]) -> None:
-    try:
-        with safe_open(path, "pt") as file:
-            tokens, seen = file.get_slice("features").get_shape()[0], (file.metadata() or {}).get("rows")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete it: it is computed again.") from error
-    if seen != _digest(rows) or tokens != sum(len(row.tokens) for row in rows):
-        raise ValueError(f"{path} holds features of other rows than {path.name} now has. Delete the folder.")

@@ -1,6 +1,7 @@
 """A training run that can be killed after any update and goes on as if it had not been."""
 
 import copy
+import dataclasses
 import json
 import math
 import shutil
@@ -17,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from .blocks import epoch_batches
-from .features import CachedRow
 from .options import TrainOptions
 from .shards import (
     Row,
@@ -271,11 +271,7 @@ class TrainingRun:
 
 
 def _cut(row: Row, length: int) -> Row:
-    if len(row.tokens) <= length:
-        return row
-    if isinstance(row, CachedRow):
-        return CachedRow(row.tokens[:length], row.prompt_length, *row._place)
-    return Row(row.tokens[:length], row.prompt_length)
+    return dataclasses.replace(row, tokens=row.tokens[:length])
 
 
 def _save_model(model: PreTrainedModel, folder: Path) -> None:

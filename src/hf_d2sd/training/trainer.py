@@ -14,7 +14,15 @@ from ..pairs import load_drafter
 from .blocks import Blocks, cut_blocks, draw_anchors, draw_prefix_lengths
 from .draft_lm import DraftLMRun
 from .drafters import Trainee, drafter_config, frequent_tokens, new_drafter
-from .features import CachedFeatures, CachedRow, compute_features, compute_teacher
+from .features import (
+    FeatureCache,
+    PlacedRow,
+    Teacher,
+    TeacherCache,
+    compute_features,
+    compute_teacher,
+    read_placed_rows,
+)
 from .loop import TrainingRun
 from .options import TrainOptions
 from .shards import Row, read_rows
@@ -74,11 +82,12 @@ class DrafterRun(TrainingRun):
                 f"{self.first.config.target_layer_ids}. Pass them as target_layer_ids, or --on_policy 0."
             )
         if options.features == "cache":
-            caches = [CachedFeatures(folder, self.layer_ids) for folder in options.data]
             with accelerator.main_process_first():
-                for cache in caches:
-                    cache.fill(target, batch_size=options.rows)
-            rows = [row for cache in caches for row in cache.locate()]
+                for folder in options.data:
+                    FeatureCache(self.layer_ids).fill(folder, target, batch_size=options.rows)
+                    if options.distill_top_k:
+                        TeacherCache(options.distill_top_k).fill(folder, target, batch_size=options.rows)
+            rows = [row for folder in options.data for row in read_placed_rows(folder)]
         model.to(accelerator.device)
         trainee = Trainee(model, target, options.loss, options.tau, options.loss_chunk, soft=options.distill_weight)
         if self.first is not None:
@@ -94,14 +103,23 @@ class DrafterRun(TrainingRun):
             accepted = self._accepted_by_first(rows, features, anchors).to("cpu").clamp(max=options.block_size - 2)
             on_policy = torch.rand(anchors.shape, generator=generator) < options.on_policy
             prefix_lengths = torch.where(on_policy, accepted, prefix_lengths)
-        teachers = compute_teacher(self.target, rows, options.distill_top_k) if options.distill_top_k else ()
+        teachers = self.teachers(rows) if options.distill_top_k else ()
         return cut_blocks(rows, features, anchors, prefix_lengths, self.trainee.model.config, teachers)
 
     def features(self, rows: list[Row]) -> list[Tensor]:
         """(T, F) of each row."""
-        if isinstance(rows[0], CachedRow):
-            return [row.read_features().to(self.accelerator.device) for row in rows]
+        if isinstance(rows[0], PlacedRow):
+            cache = FeatureCache(self.layer_ids)
+            return [features.to(self.accelerator.device) for row in rows for features in cache.read(row)]
         return compute_features(self.target, rows, self.layer_ids)
+
+    def teachers(self, rows: list[Row]) -> list[Teacher]:
+        """Of each row, as `distill_top_k` says."""
+        if isinstance(rows[0], PlacedRow):
+            cache, device = TeacherCache(self.options.distill_top_k), self.accelerator.device
+            read = [cache.read(row) for row in rows]
+            return [Teacher(ids.to(device, torch.int64), log_probs.to(device)) for ids, log_probs in read]
+        return compute_teacher(self.target, rows, self.options.distill_top_k)
 
     @torch.no_grad()
     def _accepted_by_first(self, rows: list[Row], features: list[Tensor], anchors: Tensor) -> Tensor:
