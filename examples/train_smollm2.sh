@@ -13,6 +13,7 @@ set -euo pipefail
 out=${1:?usage: examples/train_smollm2.sh FOLDER}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-python}
+held_out=${HELD_OUT:-50} # one row in so many
 stop=${STOP_AFTER:+--stop_after $STOP_AFTER}
 [ "${ONLY:-}" != second ] || : "${INIT:?ONLY=second goes on from the drafters of another FOLDER}"
 mkdir -p "$out"
@@ -81,7 +82,7 @@ drafter() {
         --draft_vocab_size "${DRAFT_VOCAB:-12288}" --mask_token '<empty_output>' --rows "${ROWS:-16}" --anchors "${ANCHORS:-64}" \
         --lr "${LR:-1e-3}" --tau "${TAU:-2}" --features "${FEATURES:-online}" --compile "${COMPILE:-False}" \
         --loss_chunk "${LOSS_CHUNK:-1024}" --max_steps "$steps" --eval_every "${EVAL_EVERY:-1000}" --save_every 100 \
-        --seed "${SEED:-0}" \
+        --seed "${SEED:-0}" --held_out "$held_out" \
         $stop "$@"
     "$python" - "$out/$role/checkpoint.safetensors" "$steps" <<'PYTHON'
 import sys
@@ -109,7 +110,7 @@ fi
 for role in first second; do
     base=$([ "$role" = second ] && echo "${PREFIX_BASE:-0.8}" || echo 0)
     "$python" -m hf_d2sd.cli calibrate --target "$out/target" --data "${data[@]}" \
-        --drafter "$out/$role/last" --prefix_base "$base" --plot "$out/$role-calibration.png" \
+        --drafter "$out/$role/last" --prefix_base "$base" --held_out "$held_out" --plot "$out/$role-calibration.png" \
         >"$out/$role-calibration.json"
 done
 "$python" -m hf_d2sd.cli join --first "$out/first/last" --second "$out/second/last" --num_branches 4 --tree_width 8 \

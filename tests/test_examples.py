@@ -96,7 +96,7 @@ class TestPromptsAboutCode:
 def test_the_script_for_smollm2_makes_a_pair_and_goes_on_where_it_stopped(tmp_path):
     """All stages on the real target, with a few rows and steps; the first call stops in the text."""
     sizes = dict(MAX_PROMPTS=60, SELF_PROMPTS=8, PASSAGES=6, MOST=2, CODE=4, BATCH_SIZE=16)
-    sizes |= dict(STEPS=6, ROWS=2, ANCHORS=8, COMPILE=False)
+    sizes |= dict(STEPS=6, ROWS=2, ANCHORS=8, COMPILE=False, HELD_OUT=5)
     environment = {**os.environ, **{name: str(value) for name, value in sizes.items()}, "PYTHON": sys.executable}
     whole, further, second = (tmp_path / name for name in ("whole", "further", "second"))
 
