@@ -251,16 +251,7 @@ def assisted_decode(
     # Of a batch the cache is put together only if somebody will see it.
     returns_cache = generation_config.return_dict_in_generate or getattr(user_cache, "_is_user_defined", False)
     returns_cache |= prompt.rows == 1
-
-    worker = Target(
-        target,
-        TreeCache.take_over(target.config, user_cache, prompt.seen),
-        {layer for model in models for layer in model.config.target_layer_ids},
-        prompt.rows,
-        all_hidden_states=_empty_record(generation_config).hidden_states is not None,
-        backend=options.attention_backend,
-        keeps_left_rows=returns_cache,
-    )
+    worker = _open_target(target, models, prompt, generation_config, user_cache, returns_cache)
     contexts = _resume_contexts(assistant, user_cache, worker.positions)
     drafters = [Drafter(model, target, context, options.attention_backend) for model, context in zip(models, contexts)]
     choosers = Choosers(
@@ -287,11 +278,38 @@ def assisted_decode(
     if streamer is not None:
         streamer.end()
     choosers.cut()
-    sequences = join_sequences(choosers, generation_config._pad_token_tensor)
-    if returns_cache:
-        _give_back(worker, prompt, choosers, sequences, user_cache)
+    output = _join_output(worker if returns_cache else None, prompt, choosers, generation_config, user_cache)
     if prompt.rows == 1:
         save_contexts(user_cache, (weakref.ref(assistant), [drafter.context for drafter in drafters]))
+    return output
+
+
+def _open_target(
+    target, models: list, prompt: Prompt, generation_config: GenerationConfig, user_cache, keeps_left_rows: bool
+) -> Target:
+    """The target over the tokens in the user's cache, keeping the hidden states that the drafters `models` read."""
+    return Target(
+        target,
+        TreeCache.take_over(target.config, user_cache, prompt.seen),
+        {layer for model in models for layer in model.config.target_layer_ids},
+        prompt.rows,
+        all_hidden_states=_empty_record(generation_config).hidden_states is not None,
+        backend=generation_config.d2sd_attention_backend,
+        keeps_left_rows=keeps_left_rows,
+    )
+
+
+def _join_output(
+    worker: Target | None, prompt: Prompt, choosers: Choosers, generation_config: GenerationConfig, user_cache
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """What plain `generate` would return: (B, L) tokens, or all that `return_dict_in_generate` asks for.
+
+    Args:
+        worker: whose cache goes back to the user; `None` if nobody will see it.
+    """
+    sequences = join_sequences(choosers, generation_config._pad_token_tensor)
+    if worker is not None:
+        _give_back(worker, prompt, choosers, sequences, user_cache)
     if not generation_config.return_dict_in_generate:
         return sequences
     records = join_records([chooser.record for chooser in choosers.rows], prompt)

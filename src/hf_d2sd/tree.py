@@ -117,50 +117,24 @@ class CandidateTree:
             fixed_size: as many nodes, with fillers, whatever the drafts agree on: shapes that never change, and no
                 question to the device.
         """
-        drafts, log_confidence, valid = _drafts(tokens, confidence, branches)
-        num_rows, num_drafts, depth = drafts.shape
-        if max_depth is not None:
-            valid = valid & (torch.arange(depth, device=drafts.device) < max_depth[:, None, None])
-        # Drafts r and s share their node at depth d if they agree at every depth up to d.
-        shared = (drafts[:, :, None] == drafts[:, None]).cumprod(-1).bool()  # (B, R, R, D)
-        shared &= valid[:, :, None] & valid[:, None]
-        owner = shared.int().argmax(2)  # (B, R, D), the first draft that shares the node
-        own = valid & (owner == torch.arange(num_drafts, device=drafts.device)[:, None])
-
-        reached = log_confidence.cumsum(-1).cummin(-1).values  # cummin: a scan must not round a child above its parent
-        score = torch.where(shared, reached[:, None], -torch.inf).amax(2)  # (B, R, D)
-
-        # Depth-major order, then a stable sort: among equal scores parents come before children.
-        own = own.transpose(1, 2).flatten(1)  # (B, D·R)
-        score_of = score.transpose(1, 2).flatten(1)
-        lowest = torch.finfo(score.dtype).min
-        best = torch.where(own, score_of.clamp(min=lowest), -torch.inf).argsort(dim=1, descending=True, stable=True)
-        size = depth * num_drafts if budget is None else min(budget - 1, depth * num_drafts)
-        if not fixed_size:
-            size = min(size, int(own.sum(1).max()))
-        best = best[:, :size]
-        kept = torch.where(own.gather(1, best), best, depth * num_drafts).sort(1).values  # (B, M), depth-major again
+        drafts = _Drafts.of(tokens, confidence, branches, max_depth)
+        owner, score = drafts.shared_nodes()
+        num_drafts, depth = owner.shape[1:]
+        kept = _likeliest(owner, score, budget, fixed_size)
         exists = kept < depth * num_drafts
         kept = torch.where(exists, kept, 0)
         draft, at = kept % num_drafts, kept // num_drafts
-
-        # Column 0 of `index` is the anchor, its last entry takes the fillers' writes.
-        index = anchor.new_zeros(num_rows, num_drafts * (depth + 1) + 1)
-        place = torch.where(exists, draft * (depth + 1) + at + 1, index.shape[1] - 1)
-        index.scatter_(1, place, torch.arange(1, size + 1, device=anchor.device).expand(num_rows, -1))
-        above = owner.flatten(1).gather(1, draft * depth + (at - 1).clamp(min=0))
-        parent = index.gather(1, torch.where(at > 0, above, draft) * (depth + 1) + at)
-        token = drafts.flatten(1).gather(1, draft * depth + at)
+        parent = _parents(owner, draft, at, exists)
 
         def column(anchors, values, filler):
-            return torch.cat([anchors.view(-1, 1).expand(num_rows, 1), torch.where(exists, values, filler)], dim=1)
+            return torch.cat([anchors.view(-1, 1).expand(len(kept), 1), torch.where(exists, values, filler)], dim=1)
 
         zero = anchor.new_zeros(1)
         return cls(
-            tokens=column(anchor, token, anchor[:, None]),
+            tokens=column(anchor, drafts.tokens.flatten(1).gather(1, draft * depth + at), anchor[:, None]),
             parents=column(zero - 1, parent, -1),
             depths=column(zero, at + 1, 0),
-            scores=column(zero.to(score.dtype), score_of.gather(1, kept), -torch.inf),
+            scores=column(zero.to(score.dtype), score.flatten(1).gather(1, draft * depth + at), -torch.inf),
             ranks=column(zero, draft, 0),
             max_depth=depth,
             max_chains=num_drafts,
@@ -224,17 +198,73 @@ def _starts(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
-def _drafts(tokens: Tensor, confidence: Tensor, branches: Branches | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The first block and the branches in one table: tokens, log confidences, which entries exist; (B, R, D)."""
-    if branches is None:
-        return tokens[:, None], confidence.log()[:, None], torch.ones_like(tokens, dtype=torch.bool)[:, None]
-    depth = branches.tokens.shape[2]
-    pad = depth - tokens.shape[1]  # γ₂ - γ: the first block is the shorter one
-    position = torch.arange(depth, device=tokens.device)
-    tokens, confidence = (torch.nn.functional.pad(x, (0, pad))[:, None] for x in (tokens, confidence))
-    kept = position < branches.prefix_lengths[..., None]  # (B, K, D)
-    drafts = torch.cat([tokens, torch.where(kept, tokens, branches.tokens)], dim=1)
-    confidences = torch.cat([confidence, torch.where(kept, confidence, branches.confidence)], dim=1)
-    valid = torch.ones_like(drafts, dtype=torch.bool)
-    valid[:, 0] = position < depth - pad
-    return drafts, confidences.log(), valid
+@dataclass(frozen=True)
+class _Drafts:
+    """The R drafts of a cycle in one table: the first blocks, then the branches with the tokens that they keep."""
+
+    tokens: Tensor  # (B, R, D)
+    log_confidence: Tensor  # (B, R, D)
+    exists: Tensor  # (B, R, D) bool, for each draft up to some depth
+
+    @classmethod
+    def of(cls, tokens: Tensor, confidence: Tensor, branches: Branches | None, max_depth: Tensor | None) -> "_Drafts":
+        """The arguments are those of `CandidateTree.merge`."""
+        depth = tokens.shape[1] if branches is None else branches.tokens.shape[2]
+        pad = depth - tokens.shape[1]  # γ₂ - γ: the first block is the shorter one
+        position = torch.arange(depth, device=tokens.device)
+        tokens, confidence = (torch.nn.functional.pad(x, (0, pad))[:, None] for x in (tokens, confidence))
+        if branches is not None:
+            kept = position < branches.prefix_lengths[..., None]  # (B, K, D)
+            tokens = torch.cat([tokens, torch.where(kept, tokens, branches.tokens)], dim=1)
+            confidence = torch.cat([confidence, torch.where(kept, confidence, branches.confidence)], dim=1)
+        exists = torch.ones_like(tokens, dtype=torch.bool)
+        exists[:, 0] = position < depth - pad
+        if max_depth is not None:
+            exists &= position < max_depth[:, None, None]
+        return cls(tokens, confidence.log(), exists)
+
+    def shared_nodes(self) -> tuple[Tensor, Tensor]:
+        """The first draft that has each node too, -1 where nothing is drafted, and the node's score; (B, R, D)."""
+        # Drafts r and s share their node at depth d if they agree at every depth up to d.
+        shared = (self.tokens[:, :, None] == self.tokens[:, None]).cumprod(-1).bool()  # (B, R, R, D)
+        shared &= self.exists[:, :, None] & self.exists[:, None]
+        owner = torch.where(self.exists, shared.int().argmax(2), -1)
+        # cummin: a scan must not round a child above its parent
+        reached = self.log_confidence.cumsum(-1).cummin(-1).values
+        return owner, torch.where(shared, reached[:, None], -torch.inf).amax(2)
+
+
+def _likeliest(owner: Tensor, score: Tensor, budget: int | None, fixed_size: bool) -> Tensor:
+    """(B, M), the nodes d·R + r to keep, parents before children; rows with fewer are filled up with D·R.
+
+    Args:
+        owner, score: (B, R, D), of `_Drafts.shared_nodes`.
+        budget, fixed_size: as in `CandidateTree.merge`.
+    """
+    num_drafts, depth = owner.shape[1:]
+    own = owner == torch.arange(num_drafts, device=owner.device)[:, None]  # each node once
+    # Depth-major order, then a stable sort: among equal scores parents come before children.
+    own, score = own.transpose(1, 2).flatten(1), score.transpose(1, 2).flatten(1)
+    score = torch.where(own, score.clamp(min=torch.finfo(score.dtype).min), -torch.inf)
+    best = score.argsort(dim=1, descending=True, stable=True)
+    size = depth * num_drafts if budget is None else min(budget - 1, depth * num_drafts)
+    if not fixed_size:
+        size = min(size, int(own.sum(1).max()))
+    best = best[:, :size]
+    return torch.where(own.gather(1, best), best, depth * num_drafts).sort(1).values
+
+
+def _parents(owner: Tensor, draft: Tensor, at: Tensor, exists: Tensor) -> Tensor:
+    """(B, M), where the parents of the kept nodes stand in a tree that begins with the anchor.
+
+    Args:
+        owner: (B, R, D), of `_Drafts.shared_nodes`.
+        draft, at, exists: (B, M), the kept nodes: which draft's, at which depth below the anchor's children, or none.
+    """
+    num_rows, num_drafts, depth = owner.shape
+    # Column 0 of `index` is the anchor, its last entry takes the fillers' writes.
+    index = owner.new_zeros(num_rows, num_drafts * (depth + 1) + 1)
+    place = torch.where(exists, draft * (depth + 1) + at + 1, index.shape[1] - 1)
+    index.scatter_(1, place, torch.arange(1, at.shape[1] + 1, device=at.device).expand(num_rows, -1))
+    above = owner.flatten(1).gather(1, draft * depth + (at - 1).clamp(min=0))
+    return index.gather(1, torch.where(at > 0, above, draft) * (depth + 1) + at)
