@@ -13,7 +13,6 @@ drafted again where the first drafter goes wrong. A killed run goes on; several 
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import transformers
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_d2sd.benchmark.run import processor_name
 from hf_d2sd.training.blocks import cut_blocks
 from hf_d2sd.training.drafters import Trainee
 from hf_d2sd.training.features import compute_features
@@ -183,7 +183,7 @@ def main() -> None:
         "lr": args.lr,
         "blocks_a_step": 8 * 32,
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},
-        "cpu": f"{platform.machine()}, {args.threads} threads a process",
+        "cpu": f"{processor_name()}, {args.threads} threads a process",
         "variants": [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()],
     }
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 from smollm2 import load_smollm2  # noqa: E402
 
 import hf_d2sd  # noqa: E402
+from hf_d2sd.benchmark.run import processor_name  # noqa: E402
 from hf_d2sd.cache import TreeCache, TreeLayer  # noqa: E402
 from hf_d2sd.decoding import DecodingOptions, grow_tree  # noqa: E402
 from hf_d2sd.drafting import DraftContext, Drafter  # noqa: E402
@@ -212,7 +213,7 @@ def main() -> int:
     result = {
         "what": "costs on a CPU, SmolLM2-135M-Instruct and its pair, float32; milliseconds and MiB",
         "command": " ".join(["python", "benchmarks/cascade.py", *sys.argv[1:]]),
-        "hardware": f"{cpu_name()}, {args.threads} threads",
+        "hardware": f"{processor_name()}, {args.threads} threads",
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -235,11 +236,6 @@ def main() -> int:
     if failed:
         print(f"Bounds are missed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from rich.text import Text
 from smollm2 import load_smollm2
 
 import hf_d2sd
+from hf_d2sd.benchmark.run import processor_name
 
 PAIR = Path(__file__).resolve().parents[1] / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
 PROMPT = "Explain step by step how to make a good cup of tea, and say why each step matters."
@@ -132,15 +133,8 @@ def speed_line(plain: float, drafted: float, stats) -> str:
 def machine_line(dtype: str) -> str:
     return (
         f"hf-d2sd {hf_d2sd.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}; {cpu_name()}, {torch.get_num_threads()} threads, {dtype}"
+        f"Python {platform.python_version()}; {processor_name()}, {torch.get_num_threads()} threads, {dtype}"
     )
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> int:
