@@ -248,9 +248,7 @@ def assisted_decode(
         raise ValueError(f"A streamer takes one sequence, got a batch of {prompt.rows}: drop `streamer`.")
     options = decoding_options(assistant, generation_config)
     models = assistant.drafters if options.redrafts else [assistant.first]
-    # Of a batch the cache is put together only if somebody will see it.
-    returns_cache = generation_config.return_dict_in_generate or getattr(user_cache, "_is_user_defined", False)
-    returns_cache |= prompt.rows == 1
+    returns_cache = _is_cache_seen(prompt, generation_config, user_cache)
     worker = _open_target(target, models, prompt, generation_config, user_cache, returns_cache)
     contexts = _resume_contexts(assistant, user_cache, worker.positions)
     drafters = [Drafter(model, target, context, options.attention_backend) for model, context in zip(models, contexts)]
@@ -261,12 +259,11 @@ def assisted_decode(
         bool(generation_config.do_sample),
         lambda: _empty_record(generation_config),
     )
-    stats = D2SDStats(
+    assistant.last_stats = stats = D2SDStats(
         prompt_tokens=sum(prompt.counts),
         attention_backend=str(worker.attention),
         trace=[] if generation_config.d2sd_trace else None,
     )
-    assistant.last_stats = stats
 
     def emit(tokens: list[int]) -> None:
         if streamer is not None:
@@ -282,6 +279,12 @@ def assisted_decode(
     if prompt.rows == 1:
         save_contexts(user_cache, (weakref.ref(assistant), [drafter.context for drafter in drafters]))
     return output
+
+
+def _is_cache_seen(prompt: Prompt, generation_config: GenerationConfig, user_cache) -> bool:
+    """Of a batch the cache is put together only if somebody will see it."""
+    given = getattr(user_cache, "_is_user_defined", False)
+    return prompt.rows == 1 or generation_config.return_dict_in_generate or given
 
 
 def _open_target(
