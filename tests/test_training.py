@@ -14,6 +14,8 @@ import torch
 import transformers as tf
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, VOCAB, tiny_drafter, tiny_target
 from words import save_word_target
@@ -344,6 +346,27 @@ class TestARun:
         assert set(lengths) == {8, 16} and min(lengths.values()) >= 1
         for name in ("last", "best"):
             assert D2SDDrafterModel.from_pretrained(first / name).dtype == torch.bfloat16
+
+    def test_trackers_get_what_the_log_has(self, target, data, tmp_path, monkeypatch):
+        class Recorder(GeneralTracker):
+            name, requires_logging_directory, tracker = "recorder", False, None
+            lines = []
+
+            def __init__(self, run_name, **_):
+                super().__init__()
+
+            def store_init_configuration(self, values):
+                self.config = values
+
+            def log(self, values, step, **_):
+                self.lines.append({"step": step, **values})
+
+        for place in ("accelerate.tracking", "accelerate.accelerator"):
+            monkeypatch.setitem(sys.modules[place].LOGGER_TYPE_TO_CLASS, "tensorboard", Recorder)
+        for place in ("accelerate.tracking", "hf_d2sd.training.options"):
+            monkeypatch.setattr(f"{place}.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+        train(options(target, data, tmp_path / "run", trackers=["tensorboard"]))
+        assert Recorder.lines == log_of(tmp_path / "run") and len(Recorder.lines) == 18
 
     def test_the_measured_length_is_that_of_decoding(self, target, data, first):
         model = tf.AutoModelForCausalLM.from_pretrained(target).eval()
@@ -700,12 +723,18 @@ class TestErrors:
             (dict(distill_weight=1.5), "distill_weight between 0 and 1"),
             (dict(anchors=0), "anchors must be at least 1"),
             (dict(held_out=1), "held_out must be at least 2"),
+            (dict(trackers=["nothing"]), "nothing"),
             (dict(draft_vocab_size=10_000), "draft_vocab_size is 10000"),
         ],
     )
     def test_options_that_do_not_fit(self, target, data, tmp_path, changes, message):
         with pytest.raises(ValueError, match=message):
             train(options(target, data, tmp_path / "run", **changes))
+
+    def test_a_tracker_that_is_not_installed(self, target, data, tmp_path, monkeypatch):
+        monkeypatch.setattr("hf_d2sd.training.options.get_available_trackers", lambda: [])
+        with pytest.raises(ValueError, match=r"\['wandb'\] are not installed"):
+            options(target, data, tmp_path / "run", trackers=["wandb"])
 
 
 @pytest.mark.slow

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
 from .losses import SCHEMES
 
 
@@ -92,6 +95,10 @@ class TrainOptions:
                 "distill_top_k must be at least 0 and distill_weight between 0 and 1; got "
                 f"{self.distill_top_k} and {self.distill_weight}."
             )
+        installed = {str(kind) for kind in get_available_trackers()}
+        absent = ({str(kind) for kind in LoggerType} - {"all"} - installed) & set(self.trackers)
+        if absent:
+            raise ValueError(f"trackers {sorted(absent)} are not installed: pip install them, or leave them out.")
         if self.init is not None and (self.role == "lm" or self.init_layers != "random"):
             raise ValueError("init brings a drafter's weights: pass it without --role lm and without --init_layers.")
         if self.role != "second":
