@@ -723,7 +723,7 @@ class TestErrors:
             (dict(distill_weight=1.5), "distill_weight between 0 and 1"),
             (dict(anchors=0), "anchors must be at least 1"),
             (dict(held_out=1), "held_out must be at least 2"),
-            (dict(trackers=["nothing"]), "nothing"),
+            (dict(trackers=["nothing"]), "Unsupported logging capability: nothing"),
             (dict(draft_vocab_size=10_000), "draft_vocab_size is 10000"),
         ],
     )
