@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest -n 2
 REQUIREMENTS := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-lowest style types quality
+.PHONY: help demo test test-slow test-lowest style types quality cards
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -50,6 +50,9 @@ quality: $(VENV)/quality.stamp  ## lint, format and types, checked only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+cards:  ## copies modeling/ into hub_cards/, whose pairs hold the code beside them
+	for folder in hub_cards/*/; do cp modeling/*_d2sd.py "$$folder" || exit 1; done
 
 # A folder that is no virtual environment is never emptied.
 $(VENV)/venv.stamp: $(REQUIREMENTS)

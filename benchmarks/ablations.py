@@ -21,12 +21,13 @@ import transformers
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_d2sd.benchmark.run import processor_name
+from hf_d2sd import records
+from hf_d2sd.benchmark.machine import processor_name
 from hf_d2sd.training.blocks import cut_blocks
 from hf_d2sd.training.drafters import Trainee
 from hf_d2sd.training.features import compute_features
 from hf_d2sd.training.options import TrainOptions
-from hf_d2sd.training.shards import Row, batched, write_once, write_text_atomically
+from hf_d2sd.training.shards import Row, batched
 from hf_d2sd.training.trainer import DrafterRun
 
 VARIANTS = {
@@ -110,7 +111,7 @@ def run_variant(variant: str, args, path: Path) -> None:
         "seconds_a_step": round((time.perf_counter() - wall) / steps, 3),
         "parameters": sum(p.numel() for p in run.trainee.model.parameters()),
     }
-    write_text_atomically(path, json.dumps(result) + "\n")
+    records.write_json(path, result, indent=None)
     print(result, flush=True)
 
 
@@ -170,12 +171,12 @@ def main() -> None:
     for variant, path in paths.items():
         if "second" in variant and args.pair is None:  # beside "base", which another process may have in hand
             base = args.work / "base.json"
-            write_once(base, lambda path: run_variant("base", args, path), wait=True)
-        write_once(path, lambda path, variant=variant: run_variant(variant, args, path))
+            records.write_once(base, lambda path: run_variant("base", args, path), wait=True)
+        records.write_once(path, lambda path, variant=variant: run_variant(variant, args, path))
     if args.out is None:
         return
     for variant, path in paths.items():
-        write_once(path, lambda path, variant=variant: run_variant(variant, args, path), wait=True)
+        records.write_once(path, lambda path, variant=variant: run_variant(variant, args, path), wait=True)
     result = {
         "what": "tokens a target pass along the target's greedy text of held-out rows, after a short run",
         "pair": args.pair and Path(args.pair).name,
@@ -186,7 +187,7 @@ def main() -> None:
         "cpu": f"{processor_name()}, {args.threads} threads a process",
         "variants": [json.loads(path.read_text(encoding="utf-8")) for path in paths.values()],
     }
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    records.write_json(args.out, result)
 
 
 if __name__ == "__main__":

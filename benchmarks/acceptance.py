@@ -3,8 +3,9 @@
     python benchmarks/acceptance.py --pair FOLDER --out FILE.json
 
 Every prompt of benchmarks/prompts (first turns) is answered with each strategy by real decoding, some of a task
-side by side. Rows go to FILE.jsonl as they come, and a killed run goes on where it stopped; several runs with --part
-share the work. The mean over files is that of the files' own figures, so that each counts alike.
+side by side. Rows go to FILE.jsonl as they come, their settings to FILE.run.json, and a killed run goes on where it
+stopped; several runs with --part share the work. The mean over files is that of the files' own figures, so that each
+counts alike.
 
 The rows of the paper's ablation hold all nodes that the drafts give; the wide trees hold --nodes, the anchor included:
 the nodes a pass are printed beside each figure, since they are what a pass costs.
@@ -22,6 +23,7 @@ from equality import HERE, PAIR, chat_ids, read_prompts
 from smollm2 import load_smollm2
 
 import hf_d2sd
+from hf_d2sd import records
 from hf_d2sd.benchmark.strategies import Models, Strategy, all_strategies, find_strategy
 
 ROWS = {
@@ -68,13 +70,9 @@ def left_padded(rows: list[list[int]], filler: int) -> dict[str, torch.Tensor]:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Complete rows of a run and of its parts."""
-    rows = []
-    for file in sorted([path.with_suffix(".jsonl"), *path.parent.glob(f"{path.stem}-[0-9]*.jsonl")]):
-        if not file.exists():
-            continue
-        rows += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
-    return rows
+    """The rows of a run and of its parts."""
+    files = sorted([path.with_suffix(".jsonl"), *path.parent.glob(f"{path.stem}-[0-9]*.jsonl")])
+    return [row for file in files for row in records.read(file)]
 
 
 def measure(args) -> None:
@@ -101,9 +99,14 @@ def measure(args) -> None:
             stats = arguments["assistant_model"].last_stats
             tokens, passes = sum(stats.committed_per_cycle), len(stats.committed_per_cycle)
             row = {"file": file, "task": task, "keys": keys, "strategy": name, "tokens": tokens, "passes": passes}
-            with open(path, "a", encoding="utf-8") as out:
-                out.write(json.dumps({**row, "nodes": sum(stats.tree_sizes)}, ensure_ascii=False) + "\n")
+            records.append(path, {**row, "nodes": sum(stats.tree_sizes)})
         print(f"{number}/{len(todo)}", flush=True)
+
+
+def settings(args) -> dict:
+    """What rows must have in common to stand in one table."""
+    names = ("branches", "width", "nodes", "max_new_tokens", "batch_size", "max_prompts", "dtype")
+    return {"pair": Path(args.pair).name, **{name: getattr(args, name) for name in names}}
 
 
 def table(args, rows: list[dict]) -> dict[str, dict]:
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    records.begin(args.out.with_suffix(".run.json"), settings(args))
     measure(args)
     result = {
         "what": "tokens committed in a target pass, greedy, the prompt's pass left out",
@@ -157,7 +161,7 @@ def main() -> None:
         "cpu": platform.machine(),
         "strategies": table(args, read_rows(args.out)),
     }
-    args.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    records.write_json(args.out, result)
     print(json.dumps(result["strategies"], indent=2, ensure_ascii=False))
 
 

@@ -25,12 +25,14 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 from smollm2 import load_smollm2  # noqa: E402
 
 import hf_d2sd  # noqa: E402
-from hf_d2sd.benchmark.run import processor_name  # noqa: E402
+from hf_d2sd.benchmark.machine import processor_name  # noqa: E402
 from hf_d2sd.cache import TreeCache, TreeLayer  # noqa: E402
-from hf_d2sd.decoding import DecodingOptions, grow_tree  # noqa: E402
+from hf_d2sd.candidates import Draft, merge  # noqa: E402
 from hf_d2sd.drafting import DraftContext, Drafter  # noqa: E402
+from hf_d2sd.growing import State, grow  # noqa: E402
+from hf_d2sd.options import DecodingOptions  # noqa: E402
 from hf_d2sd.target import Target  # noqa: E402
-from hf_d2sd.tree import Branches, CandidateTree  # noqa: E402
+from hf_d2sd.tree import CandidateTree  # noqa: E402
 
 PAIR = HERE.parent / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
 
@@ -65,8 +67,9 @@ def random_tree(size: int, vocab: int) -> CandidateTree:
     generator = torch.Generator().manual_seed(0)
     draft = torch.randint(vocab, (1, 15), generator=generator)
     redrafts = torch.randint(vocab, (1, 12, 15), generator=generator)
-    branches = Branches(torch.arange(1, 13)[None], redrafts, torch.full((1, 12, 15), 0.9))
-    return CandidateTree.merge(torch.tensor([5]), draft, torch.full((1, 15), 0.9), branches, budget=size)
+    first = Draft.of(draft[:, None], torch.full((1, 1, 15), 0.9))
+    branches = Draft.of(redrafts, torch.full((1, 12, 15), 0.9)).after(first.cut(torch.arange(1, 13)[None]))
+    return CandidateTree.from_candidates(torch.tensor([5]), merge(first, branches), budget=size)
 
 
 def cache_step(context: int, repeats: int) -> dict:
@@ -79,9 +82,9 @@ def cache_step(context: int, repeats: int) -> dict:
         layer.update(stored, stored)
 
     def tree_step():
-        start = tree.length
+        place = tree.place()
         tree.update(nodes, nodes)
-        tree.keep(start, path, [7])
+        tree.keep(place, path, [7])
         tree.crop(-7)
 
     def dynamic_step():
@@ -110,8 +113,7 @@ def verification(model, context: int, size: int, repeats: int) -> dict:
 
     def verify(target, tree):
         def run():
-            target.verify(tree)
-            target.commit(torch.zeros(1, 0, dtype=torch.long), [0])
+            target.commit(target.verify(tree), torch.zeros(1, 0, dtype=torch.long), [0])
 
         return run
 
@@ -124,10 +126,10 @@ def second_draft(model, pair, context: int, repeats: int) -> dict:
     shared = Drafter(pair.second, model)
     width = len(pair.second.config.target_layer_ids) * pair.second.config.target_hidden_size
     shared.context.extend(torch.randn(1, context, width), [context], [context])
-    shared._head_dtype = torch.float32
     anchor, block = torch.tensor([5]), pair.second.config.block_size
-    tokens, lengths = torch.arange(10, 9 + block)[None], torch.tensor([[0, 1, 2, 3]])
-    shared.redraft(anchor, tokens[:, : block - 1], lengths, block)
+    tokens = torch.arange(10, 9 + block)[None, None]
+    prefixes = Draft.of(tokens, torch.ones(tokens.shape)).cut(torch.tensor([[0, 1, 2, 3]]))
+    shared.redraft(anchor, prefixes, block)
 
     def again(drafter, rows):
         # One token is new each time, as after a cycle that accepts nothing; afterwards it is forgotten.
@@ -135,16 +137,15 @@ def second_draft(model, pair, context: int, repeats: int) -> dict:
 
     def on_one():
         again(shared, 1)
-        shared.redraft(anchor, tokens[:, : block - 1], lengths, block)
+        shared.redraft(anchor, prefixes, block)
         shared.context.cache.set_lengths([context])
 
     def on_copies():
         copies = Drafter(pair.second, model)
         copies.context = DraftContext(shared.context.cache.rows([0] * 4), [context] * 4)
-        copies._head_dtype = torch.float32
         again(copies, 4)
         blocks = shared._masked_blocks(anchor, 4, block).view(4, 1, block)
-        copies._denoise(blocks)
+        copies._denoise(blocks, 1)
 
     times = medians({"one_context_ms": on_one, "copies_ms": on_copies}, repeats)
     memory = {"one_context_mb": peak_mb(on_one), "copies_mb": peak_mb(on_copies)}
@@ -167,23 +168,22 @@ def cycle_memory(model, pair, size: int) -> dict:
         for drafter in drafters:
             width = len(drafter.model.config.target_layer_ids) * drafter.model.config.target_hidden_size
             drafter.context.extend(torch.randn(1, context, width), target.positions, [context])
-            drafter._head_dtype = torch.float32
         target._capture = [i + 1 for drafter in drafters for i in drafter.model.config.target_layer_ids]
         block = pair.first.config.block_size
         options = DecodingOptions(num_branches=12, tree_budget=None, block_size=block, second_block_size=block)
 
         def cycle(target=target, drafters=drafters, options=options):
-            drafted = grow_tree(torch.tensor([5]), drafters, options, None)
+            drafted = grow(State(torch.tensor([5]), drafters, options))
             tree = random_tree(size, 1000)
             step = target.verify(tree)
-            target.commit(torch.zeros(1, 1, dtype=torch.long), [1])
+            target.commit(step, torch.zeros(1, 1, dtype=torch.long), [1])
             for drafter in drafters:
                 drafter.extend(step, target.positions, torch.zeros(1, 1, dtype=torch.long), [1])
             return drafted
 
         def plain(target=target):
-            target.verify(CandidateTree.anchor_only(torch.tensor([5])))
-            target.commit(torch.zeros(1, 0, dtype=torch.long), [0])
+            step = target.verify(CandidateTree.anchor_only(torch.tensor([5])))
+            target.commit(step, torch.zeros(1, 0, dtype=torch.long), [0])
 
         cycle()
         result[f"cycle_mb_at_{context}"], result[f"plain_step_mb_at_{context}"] = peak_mb(cycle), peak_mb(plain)

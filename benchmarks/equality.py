@@ -4,8 +4,8 @@
 
 Every prompt of benchmarks/prompts (both turns where there are two) is answered by plain `generate` in batches and by
 `generate(assistant_model=...)` one by one. Where the two differ, plain `generate` answers that prompt by itself and
-decides. Rows are written as they come (`--work`); a killed run goes on where it stopped. The exit status is 1 if any
-row differs.
+decides. Rows are written as they come (`--work`); a killed run goes on where it stopped, with the same drafters and as
+many new tokens. The exit status is 1 if any row differs.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-import transformers
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -27,6 +26,8 @@ sys.path.insert(0, str(HERE.parent / "examples"))
 from smollm2 import load_smollm2  # noqa: E402
 
 import hf_d2sd  # noqa: E402
+from hf_d2sd import records  # noqa: E402
+from hf_d2sd.benchmark.machine import versions  # noqa: E402
 
 PAIR = HERE.parent / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
 
@@ -35,11 +36,10 @@ def read_prompts(files: list[Path]) -> list[dict]:
     """One entry for each turn: id, task, number of the turn, and the user turns up to it."""
     entries = []
     for file in files:
-        with open(file, encoding="utf-8") as lines:
-            for row in map(json.loads, filter(str.strip, lines)):
-                for turn in range(len(row["turns"])):
-                    key = f"{row['id']}#{turn}"
-                    entries.append({"key": key, "task": row["task"], "turns": row["turns"][: turn + 1]})
+        for _, row in records.read_numbered(file):
+            for turn in range(len(row["turns"])):
+                key = f"{row['id']}#{turn}"
+                entries.append({"key": key, "task": row["task"], "turns": row["turns"][: turn + 1]})
     return entries
 
 
@@ -88,10 +88,8 @@ def answer_plainly(args, shard: int, target, tokenizer, entries: list[dict]) -> 
         for start in range(0, len(prompts), args.batch_size):
             part = prompts[start : start + args.batch_size]
             replies = plain_batch(target, [ids for ids, _ in part], args.max_new_tokens)
-            append_rows(
-                args.work / f"plain-{shard}.jsonl",
-                [{"key": key, "tokens": reply} for (_, key), reply in zip(part, replies)],
-            )
+            rows = [{"key": key, "tokens": reply} for (_, key), reply in zip(part, replies)]
+            records.append(args.work / f"plain-{shard}.jsonl", *rows)
             print(f"shard {shard}: plain replies {start + len(part)}/{len(prompts)}", flush=True)
 
 
@@ -139,25 +137,19 @@ def compare_all(args, shard: int, target, tokenizer, assistant, entries: list[di
     random.Random(0).shuffle(todo)  # what a stopped run leaves is then a sample of all tasks
     for number, entry in enumerate(todo, 1):
         row = compare(target, tokenizer, assistant, entry, plain, args.max_new_tokens)
-        append_rows(args.work / f"rows-{shard}.jsonl", [row])
+        records.append(args.work / f"rows-{shard}.jsonl", row)
         if number % 10 == 0 or not row["equal"]:
             print(f"shard {shard}: {number}/{len(todo)}, {row['key']} equal: {row['equal']}", flush=True)
 
 
-def append_rows(file: Path, rows: list[dict]) -> None:
-    with open(file, "a", encoding="utf-8") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 def read_rows(folder: Path, kind: str) -> dict[str, dict]:
-    """All complete rows by key; a line that a kill cut short is left out."""
-    rows = {}
-    for file in sorted(folder.glob(f"{kind}-*.jsonl")):
-        for line in file.read_text(encoding="utf-8").split("\n"):
-            if line.endswith("}"):
-                row = json.loads(line)
-                rows[row["key"]] = row
-    return rows
+    """The rows of all shards, by key."""
+    files = sorted(folder.glob(f"{kind}-*.jsonl"))
+    return {row["key"]: row for file in files for row in records.read(file)}
+
+
+def weights_of(pair: str) -> str:
+    return hashlib.sha256((Path(pair) / "model.safetensors").read_bytes()).hexdigest()
 
 
 def summary(args, rows: dict[str, dict]) -> dict:
@@ -175,20 +167,14 @@ def summary(args, rows: dict[str, dict]) -> dict:
         cycles = max(total["cycles"], 1)
         total["mean_acceptance_length"] = round(total.pop("committed_in_cycles") / cycles, 3)
         total["mean_tree_size"] = round(total.pop("nodes") / cycles, 1)
-    weights = hashlib.sha256((Path(args.pair) / "model.safetensors").read_bytes()).hexdigest()
     return {
         "what": "greedy D²SD against plain generate, SmolLM2-135M-Instruct, float32, CPU",
         "max_new_tokens": args.max_new_tokens,
         "differing": [{name: row[name] for name in ("key", "gap")} for row in rows.values() if not row["equal"]],
         "decided_by_unbatched_plain": sum(not row["equal_to_batched"] for row in rows.values()),
         "tasks": tasks,
-        "drafters_sha256": weights,
-        "versions": {
-            "hf_d2sd": hf_d2sd.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "drafters_sha256": weights_of(args.pair),
+        "versions": versions(),
         "cpu": f"{platform.machine()}, {args.workers} processes of one thread",
     }
 
@@ -209,6 +195,8 @@ def main() -> int:
     if args.shard is not None:
         work(args, args.shard)
         return 0
+    settings = {"drafters_sha256": weights_of(args.pair), "max_new_tokens": args.max_new_tokens}
+    records.begin(args.work / "run.json", settings)
     load_smollm2(torch.float32)  # converted once, before the workers read it
     command = [sys.executable, __file__, *sys.argv[1:]]
     running = [subprocess.Popen([*command, "--shard", str(shard)]) for shard in range(args.workers)]
@@ -217,7 +205,7 @@ def main() -> int:
         return 2
     rows = read_rows(args.work, "rows")
     result = summary(args, rows)
-    args.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    records.write_json(args.out, result)
     print(json.dumps(result["tasks"], indent=2))
     print(f"{len(rows)} prompts, {len(result['differing'])} differ")
     return 1 if result["differing"] else 0

@@ -10,6 +10,7 @@ floor that memory bandwidth sets.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import re
@@ -24,12 +25,16 @@ import transformers as tf
 import hf_d2sd
 from hf_d2sd.attention import Nodes, cascade, plan_layer
 from hf_d2sd.cache import TreeCache, TreeLayer
-from hf_d2sd.decoding import DecodingOptions, grow_tree
+from hf_d2sd.candidates import Draft
+from hf_d2sd.captured import FixedShapes, compile_once
+from hf_d2sd.choosing import Choosers
+from hf_d2sd.decoding import Accepted, Batch
 from hf_d2sd.drafting import Drafter
-from hf_d2sd.integration import compile_once
+from hf_d2sd.growing import grow
 from hf_d2sd.kernels import KERNELS, Facts
 from hf_d2sd.modeling import CACHE_NAME
 from hf_d2sd.modeling.configuration_d2sd import default_target_layer_ids
+from hf_d2sd.options import DecodingOptions
 from hf_d2sd.target import Target
 from hf_d2sd.tree import CandidateTree
 
@@ -105,7 +110,7 @@ def worst_error(name: str, dtype: torch.dtype, trees: int) -> tuple[float, float
         layer.set_lengths(lengths)
         nodes = Nodes.of_tree(tree)
         segments = list(vars(nodes.segments()).values())
-        plan = plan_layer(KERNELS[name], nodes, segments, lengths, max(lengths), layer, window, dtype)
+        plan = plan_layer(KERNELS[name], nodes, segments, layer.place(), layer, window, dtype)
         key, value = layer.update(*own)
         got = cascade(
             query, key, value, plan.bounds, plan.edge, plan.mask, plan.prefix, plan.segments, sinks, name, 128**-0.5,
@@ -231,7 +236,7 @@ def filled_drafter(model, target, context: int) -> Drafter:
     for layer in drafter.context.cache.layers:
         states = torch.randn(1, 8, context - 1, 128, device=CUDA, dtype=torch.bfloat16)
         layer.update(states, states)
-    drafter.context.positions, drafter._head_dtype = [context - 1], torch.bfloat16
+    drafter.context.positions = [context - 1]
     width = model.fc.in_features
     drafter.context.extend(torch.randn(1, 1, width, device=CUDA, dtype=torch.bfloat16), [context], [1])
     return drafter
@@ -259,35 +264,31 @@ def cycle_times(model, pair, context: int, budget: int, compiler) -> dict:
     layers = {i for drafter in pair.drafters for i in drafter.config.target_layer_ids}
     target = filled_target(model, context, layers, None)
     drafters = [filled_drafter(drafter, model, context) for drafter in pair.drafters]
-    options = DecodingOptions(4, budget, 16, 16, compiler=compiler)
-    anchor, room = torch.tensor([5], device=CUDA), [64]
-    tree = grow_tree(anchor, drafters, options, room)
-    if compiler is not None:
-        target.fix(context + 4096, options.tree_size, compiler)
-        for drafter in drafters:
-            drafter.fix(context + 4096, 16, compiler)
+    batch = Batch(target, drafters, endless_choosers(), DecodingOptions(4, budget, 16, 16))
     path = torch.zeros(1, 16 if compiler is not None else 1, dtype=torch.long, device=CUDA)
 
-    def cycle():
-        step = target.verify(grow_tree(anchor, drafters, options, room))
+    def cycle(batch):
+        step = batch.target.verify(grow(batch.state([5])))
         step.logits.argmax(-1).tolist()
-        target.commit(path, [1])
-        for drafter in drafters:
-            drafter.extend(step, target.positions, path, [1])
+        batch.commit(step, Accepted([], [[0]], [[5]], path))
 
-    step = target.verify(tree)
-    target.commit(path, [1])
-    for drafter in drafters:
-        drafter.extend(step, target.positions, path, [1])
-    result = {"cycle_ms": milliseconds(cycle, warm=4)}
+    with FixedShapes(compiler)(batch) if compiler is not None else contextlib.nullcontext(batch) as batch:
+        cycle(batch)
+        result = {"cycle_ms": milliseconds(lambda: cycle(batch), warm=4)}
+        tree = grow(batch.state([5]))
 
-    def verify():
-        target.verify(tree)
-        target.commit(path, [0])
+        def verify():
+            target.commit(target.verify(tree), path, [0])
 
-    if compiler is None:
-        result["verify_ms"] = milliseconds(verify)
+        if compiler is None:
+            result["verify_ms"] = milliseconds(verify)
     return result
+
+
+def endless_choosers() -> Choosers:
+    """Greedy choosers of one row that may go on for a thousand tokens."""
+    criteria = tf.StoppingCriteriaList([tf.MaxLengthCriteria(1025)])
+    return Choosers(torch.tensor([[5]], device=CUDA), tf.LogitsProcessorList(), criteria, do_sample=False)
 
 
 def draft_times(model, pair, context: int) -> dict:
@@ -307,7 +308,7 @@ def draft_times(model, pair, context: int) -> dict:
 
     def run_second():
         again(second)
-        second.redraft(anchor, tokens, lengths, 16)
+        second.redraft(anchor, Draft.of(tokens[None], torch.ones(1, 1, 15, device=CUDA)).cut(lengths), 16)
 
     return {"first_ms": milliseconds(run_first), "second_ms": milliseconds(run_second)}
 
@@ -335,8 +336,7 @@ def timings(contexts: list[int], sizes: list[int]) -> dict:
                 tree = random_tree(1, size, torch.Generator().manual_seed(size))
 
                 def verify(target=target, tree=tree):
-                    target.verify(tree)
-                    target.commit(torch.zeros(1, 1, dtype=torch.long, device=CUDA), [0])
+                    target.commit(target.verify(tree), torch.zeros(1, 1, dtype=torch.long, device=CUDA), [0])
 
                 row[f"verify_{size}_{name}_ms"] = milliseconds(verify)
         row["eager"] = cycle_times(model, pair, context, 64, None)

@@ -21,7 +21,7 @@ from rich.text import Text
 from smollm2 import load_smollm2
 
 import hf_d2sd
-from hf_d2sd.benchmark.run import processor_name
+from hf_d2sd.benchmark.machine import processor_name
 
 PAIR = Path(__file__).resolve().parents[1] / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
 PROMPT = "Explain step by step how to make a good cup of tea, and say why each step matters."

@@ -8,13 +8,13 @@ comes next, and from long ones to do so far away. `--code` prompts more are abou
 """
 
 import argparse
-import json
 import random
 import re
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from hf_d2sd.records import write_lines
 from hf_d2sd.training.shards import read_rows
 
 ONE = (
@@ -116,7 +116,7 @@ def main() -> None:
         prompts.append(template.format("\n\n".join(chosen), rng.choice(questions or [""])))
     code = sorted({prompt for request, reply, _ in texts for prompt in about_code(request, reply)})
     prompts += rng.sample(code, min(args.code, len(code)))
-    args.out.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+    write_lines(args.out, [{"prompt": prompt} for prompt in prompts])
     print(f"{len(prompts)} prompts; {len(passages)} passages, {len(questions)} questions, {len(code)} about code")
 
 

@@ -55,9 +55,32 @@ text() {
     [ "${ENOUGH:-0}" = 1 ] || [[ $report == *'"missing_shards": 0'* ]] ||
         { echo "shards are missing: run the script again to go on, or with ENOUGH=1 to do with what is there" >&2; exit 1; }
 }
+
+# take FOLDER: its shards, with what is kept beside them. One shard alone, as in examples/smollm2_text, is cut into shards
+# of 128 rows, since features are computed, held in memory and kept a shard at a time.
+take() {
+    local shards=("$1"/rows-*.safetensors)
+    if [ "${#shards[@]}" != 1 ]; then
+        cp -rn "$1" "$out/"
+        return
+    fi
+    "$python" - "$1" "$out/$(basename "$1")" <<'PYTHON'
+import sys
+from pathlib import Path
+from hf_d2sd.training.shards import batched, read_rows, write_shard
+
+source, out = map(Path, sys.argv[1:])
+rows = read_rows(source)
+out.mkdir(exist_ok=True)
+for index, part in enumerate(batched(rows, 128)):
+    path = out / f"rows-{index:05d}.safetensors"
+    if not path.exists():
+        write_shard(path, part)
+PYTHON
+}
 if [ -n "${TEXT:-}" ]; then # text that was written before
     for part in ${PARTS:-text passages more long code tasks}; do
-        [ -z "${PARTS:-}" ] && [ ! -d "$TEXT/$part" ] || cp -rn "$TEXT/$part" "$out/" # asked for by name: it must be there
+        [ -z "${PARTS:-}" ] && [ ! -d "$TEXT/$part" ] || take "$TEXT/$part" # asked for by name: it must be there
     done
 else
     text "$out/text" --prompts "$here/prompts/instruct_train_prompts.jsonl" "$here/prompts/gsm8k_train_prompts.jsonl" \

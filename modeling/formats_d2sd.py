@@ -1,29 +1,20 @@
 # Copyright 2026 The hf-d2sd authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints of other libraries read as this one's, and what makes any checkpoint safe to read.
+"""The layouts that checkpoints of drafters have, this library's and those of others: one class for each.
 
-Pure functions of configurations and tensor names, but for those that find and open files. Which key means what is
-written in docs/formats.md.
+A layout is known, read and written in its class alone, and added by a class and its entry in `FORMATS`. Which key
+means what is written in docs/formats.md.
 """
 
-import json
-import math
-import os
 import re
-from collections.abc import Callable, Iterable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-OWN, DFLASH, SPECULATORS, NATIVE = "d2sd", "dflash", "speculators", "muse_glimmer_assistant"
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-MAX_LAYERS, MAX_BLOCK_SIZE = 1024, 4096  # a config asking for more is damaged, whatever the weights are
-
-EXTRAS = ("confidence_temperatures", "num_target_layers", "tokenizer_fingerprint")
-_ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
-
-_KEPT = (  # keys that mean the same in Qwen3's configuration and in ours
+_KEYS = (  # keys that mean the same in Qwen3's configuration and in ours
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -41,8 +32,9 @@ _KEPT = (  # keys that mean the same in Qwen3's configuration and in ours
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
-    "dtype",
 )
+# What other layouts have no key for; it is written under "d2sd", which other readers pass over.
+_EXTRAS = ("confidence_temperatures", "num_target_layers", "tokenizer_fingerprint")
 # What marks the drafters that need a network or a decoding of their own: key, values that do no harm, name.
 _FOREIGN = (
     ("projector_type", ("dflash",), "Domino or another projector"),
@@ -63,173 +55,375 @@ _FOREIGN = (
 )
 
 
-def _refuse(reason: str) -> None:
-    raise ValueError(f"{reason}. docs/formats.md lists the drafters that can be read.")
+@dataclass(frozen=True)
+class TargetParts:
+    """What a layout may say of the target that a drafter was made for; it is loaded when it is called for."""
+
+    name: str  # folder or Hub id
+    architectures: Callable[[], list[str]]
+    head: Callable[[], nn.Module]  # its LM head, as far as the drafter drafts: weight (V', H), bias (V',) or None
 
 
-def layout_of(config: dict) -> str | None:
-    """Which library's layout a `config.json` has; `None` for one that is no drafter's.
+class Format:
+    """One layout. This class reads and names tensors as they are, and knows no configuration."""
+
+    name: str
+    own = False  # whether it is this library's, so that Transformers reads and writes it
+    engines = ""  # that read what `write` writes
+
+    def detect(self, config: dict) -> bool:
+        """Whether a `config.json` has this layout.
+
+        Raises:
+            ValueError: for drafters of a kind that is known, but cannot be decoded, by its name.
+        """
+        return False
+
+    def read(self, config: dict) -> dict:
+        """From a `config.json` to the arguments of `D2SDDrafterConfig`.
+
+        Raises:
+            ValueError: for a drafter that another network or decoding is needed for, naming the key that says so.
+        """
+        raise NotImplementedError
+
+    def rename(self, name: str, config: PreTrainedConfig) -> str | None:
+        """What a tensor is called here; `None` for one that is left out. `config` is the drafter's."""
+        return name
+
+    def translate(self, tensors: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+        """The tensors by their names here.
+
+        Raises:
+            ValueError: for tensors that contradict each other.
+        """
+        translated = {self.rename(name, config): tensor for name, tensor in tensors.items()}
+        translated.pop(None, None)
+        return translated
+
+    def obstacles(self, config: PreTrainedConfig) -> list[str]:
+        """What a drafter has and the layout cannot say, in words."""
+        return []
+
+    def write(
+        self, config: PreTrainedConfig, tensors: dict[str, Tensor], target: TargetParts | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """The `config.json`, without its dtype, and the tensors of a drafter that has no obstacles.
+
+        Raises:
+            ValueError: if nothing is written in this layout, or the target is needed and not named.
+        """
+        raise ValueError(f"Drafters are not exported in the format {self.name!r}, but in {_listed_formats()}.")
+
+    @property
+    def writable(self) -> bool:
+        return type(self).write is not Format.write
+
+
+class OwnFormat(Format):
+    """This library's, of drafters and of pairs."""
+
+    name = "d2sd"
+    own = True
+
+    def detect(self, config: dict) -> bool:
+        return config.get("model_type") in ("d2sd", "d2sd_drafter")
+
+    def read(self, config: dict) -> dict:
+        return config
+
+
+class SpeculatorsFormat(Format):
+    """That of speculators: the layers apart, a pruned vocabulary as offsets, with its head beside it."""
+
+    name = "speculators"
+    engines = "vLLM"
+
+    def detect(self, config: dict) -> bool:
+        kind = config.get("speculators_model_type")
+        if kind not in (None, "dflash"):
+            _refuse(f"This is a drafter of the kind {kind!r} (speculators_model_type); 'dflash' can be read")
+        return kind is not None
+
+    def read(self, config: dict) -> dict:
+        _check_kind(config)
+        layers = config.get("transformer_layer_config") or {}
+        base = _read_layers({"model_type": "qwen3", **layers})
+        layer_ids = self._layer_ids(config)
+        causal = [] if config.get("sliding_window_non_causal", False) else ["sliding_attention"]
+        draft_vocab_size = config.get("draft_vocab_size", 32000)
+        pruned = draft_vocab_size != base["vocab_size"]
+        return _said(
+            {
+                **base,
+                **_window(base["layer_types"], base["sliding_window"]),
+                **_read_extras(layers),
+                "causal_layer_types": [kind for kind in causal if kind in base["layer_types"]],
+                "block_size": config.get("block_size", 8),
+                "mask_token_id": config.get("mask_token_id"),
+                "target_layer_ids": layer_ids,
+                "target_hidden_size": config.get("target_hidden_size"),
+                "draft_vocab_size": draft_vocab_size if pruned else None,
+                "own_head": pruned,
+            }
+        )
+
+    def _layer_ids(self, config: dict) -> list[int]:
+        """Theirs index `hidden_states`, which has the embedding first."""
+        ids = _required(config.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids")
+        if min(ids) < 1:
+            _refuse(f"aux_hidden_state_layer_ids is {ids}: entry 0 is the embedding's output, which is no layer's")
+        return [i - 1 for i in ids]
+
+    def rename(self, name: str, config: PreTrainedConfig) -> str | None:
+        """speculators replaces `embed_tokens`, and the `lm_head` of a full vocabulary, by the target's when it loads
+        a drafter, so here too they are the target's. `t2d` says nothing that `d2t` does not.
+        """
+        if name in ("embed_tokens.weight", "t2d") or (name == "lm_head.weight" and not config.own_head):
+            return None
+        return "draft_token_ids" if name == "d2t" and config.draft_vocab_size is not None else name
+
+    def translate(self, tensors: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+        """`d2t` holds target id minus draft id; `t2d` must name the same tokens."""
+        translated = super().translate(tensors, config)
+        if "draft_token_ids" in translated:
+            offsets = translated["draft_token_ids"].long()
+            ids = translated["draft_token_ids"] = offsets + torch.arange(len(offsets))
+            listed = tensors.get("t2d")
+            if listed is not None and listed.bool().nonzero().flatten().tolist() != ids.sort().values.tolist():
+                raise ValueError("The checkpoint's t2d and d2t name different tokens: it is damaged.")
+        return translated
+
+    def obstacles(self, config: PreTrainedConfig) -> list[str]:
+        found = _common_obstacles(config) | {
+            "it has an LM head of its own": config.own_head and config.draft_vocab_size is None,
+            "its full layers are causal": "full_attention" in _causal_types(config),
+            f"output_multiplier is {config.output_multiplier}": config.output_multiplier != 1.0,
+            "it caps its logits": config.final_logit_softcapping is not None,
+            "it names its embedding's scale": config.input_embedding_scale is not None,
+        }
+        return [reason for reason, holds in found.items() if holds]
+
+    def write(
+        self, config: PreTrainedConfig, tensors: dict[str, Tensor], target: TargetParts | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        if target is None:
+            raise ValueError("speculators' format names the target (its verifier): pass it as --target.")
+        if config.draft_vocab_size is not None:
+            tensors = self._pruned(config, tensors, target)
+        written = {
+            "architectures": ["DFlashSpeculator"],
+            "speculators_model_type": "dflash",
+            "block_size": config.block_size,
+            "mask_token_id": config.mask_token_id,
+            "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
+            "target_hidden_size": config.target_hidden_size,
+            "draft_vocab_size": config.draft_vocab_size or config.vocab_size,
+            "sliding_window_non_causal": "sliding_attention" not in (config.causal_layer_types or ()),
+            "tie_word_embeddings": False,
+            "transformer_layer_config": _write_layers(config) | _write_extras(config),
+            "speculators_config": self._decoding(config, target),
+        }
+        return written, tensors
+
+    def _decoding(self, config: PreTrainedConfig, target: TargetParts) -> dict:
+        proposal = {
+            "proposal_type": "greedy",
+            "speculative_tokens": config.block_size - 1,
+            "verifier_accept_k": 1,
+            "accept_tolerance": 0.0,
+        }
+        return {
+            "algorithm": "dflash",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [proposal],
+            "verifier": {"name_or_path": target.name, "architectures": target.architectures()},
+        }
+
+    def _pruned(self, config: PreTrainedConfig, tensors: dict[str, Tensor], target: TargetParts) -> dict[str, Tensor]:
+        """The vocabulary's tokens as `d2t` and `t2d`, ascending, and the head's rows, which vLLM wants."""
+        tensors = dict(tensors)
+        ids, order = tensors.pop("draft_token_ids").sort()
+        if not config.own_head:
+            rows = target.head()
+            if rows.bias is not None:
+                raise ValueError(f"The head of {target.name} has a bias, which speculators' format cannot say.")
+            tensors["lm_head.weight"] = rows.weight.to(tensors["fc.weight"].dtype)
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][order]
+        listed = torch.zeros(config.vocab_size, dtype=torch.bool)
+        listed[ids] = True
+        return tensors | {"d2t": ids - torch.arange(len(ids)), "t2d": listed}
+
+
+class MuseGlimmerFormat(Format):
+    """Transformers' own DFlash assistants: blocks see themselves in both directions, also in sliding layers."""
+
+    name = "muse_glimmer_assistant"
+
+    def detect(self, config: dict) -> bool:
+        return config.get("model_type") == self.name
+
+    def read(self, config: dict) -> dict:
+        if self.name not in CONFIG_MAPPING:
+            _refuse(f"This release of Transformers does not know {self.name!r}: pip install -U transformers")
+        read = CONFIG_MAPPING[self.name](**{name: value for name, value in config.items() if name != "model_type"})
+        return _said(
+            {
+                **_kept(read),
+                "vocab_size": config.get("vocab_size"),
+                "layer_types": read.layer_types,
+                "sliding_window": read.sliding_window,
+                "block_size": read.block_size,
+                "mask_token_id": read.mask_token_id,
+                "target_layer_ids": read.target_layer_ids,
+            }
+        )
+
+    def rename(self, name: str, config: PreTrainedConfig) -> str | None:
+        return re.sub(r"^encoder\.output_norm_enc\.", "hidden_norm.", re.sub(r"^encoder\.fc\.", "fc.", name))
+
+
+class DFlashFormat(Format):
+    """z-lab's and SpecForge's, which JetSpec's heads share; VP-Drafters have the same keys and tensors."""
+
+    name = "dflash"
+    engines = "vLLM, SGLang"
+
+    def detect(self, config: dict) -> bool:
+        architectures = config.get("architectures") or []
+        named = {name for name in architectures if re.search("DFlash|DSpark|DFlare|Domino", name)}
+        if named - {"DFlashDraftModel"}:
+            kinds = ", ".join(sorted(named))
+            _refuse(f"This is a drafter of the kind {kinds} (architectures), not 'DFlashDraftModel'")
+        return bool(named) or "dflash_config" in config
+
+    def read(self, config: dict) -> dict:
+        inner = config.get("dflash_config") or {}
+        said = ChainMap(inner, config)
+        _check_kind(said)
+        layer_ids = said.get("target_layer_ids", said.get("layer_ids"))
+        return _said(
+            {
+                **self._layers(config, inner),
+                "block_size": said.get("block_size", 16),
+                "mask_token_id": said.get("mask_token_id"),
+                "target_layer_ids": _required(layer_ids, "target_layer_ids"),
+                "target_hidden_size": config.get("target_hidden_size"),
+                "num_target_layers": said.get("num_target_layers"),
+                "output_multiplier": said.get("output_multiplier", config.get("logit_scale")),
+                "final_logit_softcapping": said.get("final_logit_softcapping") or None,
+                "input_embedding_scale": said.get("input_embedding_scale"),
+                **_read_extras(inner),
+            }
+        )
+
+    def _layers(self, config: dict, inner: dict) -> dict:
+        base = _read_layers({**config, "model_type": "qwen3"})  # whatever it says: the network is Qwen3's
+        causal = ["sliding_attention"]
+        if inner.get("use_swa") and "sliding_attention" not in base["layer_types"]:
+            base["layer_types"] = ["sliding_attention"] * base["num_hidden_layers"]
+            base["sliding_window"] = config.get("sliding_window")
+            causal = []
+        window = _window(base["layer_types"], inner.get("swa_window_size", base["sliding_window"]))
+        return base | window | {"causal_layer_types": self._causal(base["layer_types"], config, inner, causal)}
+
+    def _causal(self, layer_types: list[str], config: dict, inner: dict, by_default: list[str]) -> list[str]:
+        """The layer types in which a block's tokens see only earlier ones: as said for all layers, or the default."""
+        said = (inner.get("causal"), config.get("is_causal"), inner.get("is_causal"), inner.get("causal_head") or None)
+        said = next((value for value in said if value is not None), None)
+        if said is None:
+            return [kind for kind in by_default if kind in layer_types]
+        return sorted(set(layer_types)) if said else []
+
+    def obstacles(self, config: PreTrainedConfig) -> list[str]:
+        size = config.draft_vocab_size
+        found = _common_obstacles(config) | {
+            f"draft_vocab_size is {size} (speculators can say it)": size is not None,
+            "it has an LM head of its own": config.own_head,
+        }
+        return [reason for reason, holds in found.items() if holds]
+
+    def write(
+        self, config: PreTrainedConfig, tensors: dict[str, Tensor], target: TargetParts | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        logits = self._logits(config)
+        inner = {"mask_token_id": config.mask_token_id, "target_layer_ids": config.target_layer_ids}
+        inner |= logits | _write_extras(config, said=("num_target_layers",))  # SGLang looks for `logits` here
+        written = {
+            **_write_layers(config),
+            "architectures": ["DFlashDraftModel"],
+            "block_size": config.block_size,
+            "num_target_layers": config.num_target_layers,
+            "target_hidden_size": config.target_hidden_size,
+            **logits,  # and others here
+            "dflash_config": inner,
+        }
+        kinds, causal = set(config.layer_types), _causal_types(config)
+        if causal != kinds & {"sliding_attention"}:  # its readers' default; said for all layers, and in both words
+            written["is_causal"] = inner["causal"] = bool(causal)
+        return {name: value for name, value in written.items() if value is not None}, tensors
+
+    def _logits(self, config: PreTrainedConfig) -> dict:
+        logits = {
+            "output_multiplier": None if config.output_multiplier == 1 else config.output_multiplier,
+            "final_logit_softcapping": config.final_logit_softcapping,
+            "input_embedding_scale": config.input_embedding_scale,
+        }
+        return {name: value for name, value in logits.items() if value is not None}
+
+
+# In the order in which they are tried: the architectures of the last are looked for by a part of their names.
+FORMATS: tuple[Format, ...] = (OwnFormat(), SpeculatorsFormat(), MuseGlimmerFormat(), DFlashFormat())
+DEFAULT_FORMAT = DFlashFormat.name  # of `hf-d2sd export`: more engines read it
+
+
+def format_of(config: dict) -> Format | None:
+    """Which layout a `config.json` has; `None` for one that is no drafter's.
 
     Raises:
         ValueError: for drafters of a kind that is known, but cannot be decoded, by its name.
     """
-    if config.get("model_type") in ("d2sd", "d2sd_drafter"):
-        return OWN
-    kind, architectures = config.get("speculators_model_type"), config.get("architectures") or []
-    if kind is not None:
-        if kind != "dflash":
-            _refuse(f"This is a drafter of the kind {kind!r} (speculators_model_type); 'dflash' can be read")
-        return SPECULATORS
-    if config.get("model_type") == NATIVE:
-        return NATIVE
-    named = {name for name in architectures if re.search("DFlash|DSpark|DFlare|Domino", name)}
-    if not named and "dflash_config" not in config:
-        return None
-    if named - {"DFlashDraftModel"}:
-        _refuse(f"This is a drafter of the kind {', '.join(sorted(named))} (architectures), not 'DFlashDraftModel'")
-    return DFLASH
+    return next((format for format in FORMATS if format.detect(config)), None)
 
 
-_CLASS = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*--)?\w+\.\w+", re.ASCII)  # of this or a named repository
+def written_formats() -> list[Format]:
+    """Those that drafters are exported in, by name."""
+    return sorted((format for format in FORMATS if format.writable), key=lambda format: format.name)
 
 
-def check_references(path: str | os.PathLike, config: dict) -> None:
-    """Refuse a `config.json` that names code or files elsewhere than in its repository.
+def format_named(name: str) -> Format:
+    """The layout of this name.
 
     Raises:
-        ValueError: with the name.
+        ValueError: if there is none.
     """
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    maps = [part["auto_map"] for part in parts if part.get("auto_map")]
-    values = [value for each in maps for value in (each.values() if isinstance(each, dict) else [each])]
-    names = [name for value in values for name in (value if isinstance(value, (list, tuple)) else [value]) if name]
-    strange = [name for name in names if not _CLASS.fullmatch(str(name))]
-    if strange:
-        raise ValueError(
-            f"auto_map names {strange[0]!r} in the config of {path}, which is no class in a file of a repository: do "
-            "not use this checkpoint."
-        )
-    kernels = [
-        value for part in parts for name, value in part.items() if "implementation" in name and "/" in str(value)
-    ]
-    if kernels:
-        raise ValueError(
-            f"The config of {path} asks for the kernel {kernels[0]!r} of the Hub, which would be run: do not use this "
-            "checkpoint, or pass attn_implementation yourself after deleting that from its config."
-        )
-    if "transformers_weights" in config:
-        raise ValueError(
-            f"transformers_weights is {config['transformers_weights']!r} in the config of {path}; a drafter's weights "
-            "have their usual names: do not use this checkpoint."
-        )
+    for format in FORMATS:
+        if format.name == name:
+            return format
+    raise ValueError(f"There is no format {name!r}; drafters are exported in {_listed_formats()}.")
 
 
-def translate_config(config: dict) -> dict:
-    """From a `config.json` of another layout to the arguments of `D2SDDrafterConfig`.
-
-    Raises:
-        ValueError: for a drafter that another network or decoding is needed for, naming the key that says so.
-    """
-    layout = layout_of(config)
-    if layout == SPECULATORS:
-        translated = _from_speculators(config)
-    elif layout == NATIVE:
-        translated = _from_native(config)
-    elif layout == DFLASH:
-        translated = _from_dflash(config)
-    else:
-        raise ValueError(f"No drafter's configuration: model_type is {config.get('model_type')!r}.")
-    said = {name: value for name, value in translated.items() if value is not None or name == "vocab_size"}
-    return said | {"model_type": "d2sd_drafter"}
+def _listed_formats() -> str:
+    return ", ".join(format.name for format in written_formats())
 
 
-def _from_dflash(config: dict) -> dict:
-    """z-lab's and SpecForge's layout, which JetSpec's heads share; VP-Drafters have the same keys and tensors."""
-    inner = config.get("dflash_config") or {}
-    _check_kind(config, inner)
-
-    def value(name: str, default=None):
-        return inner.get(name, config.get(name, default))
-
-    layers = dict(config)
-    if "sliding_attention" in (config.get("layer_types") or []):
-        layers.setdefault("use_sliding_window", True)
-    base = _read_layers({**layers, "model_type": "qwen3"})  # whatever it says: the network is Qwen3's
-    if inner.get("use_swa") and "sliding_attention" not in base["layer_types"]:
-        base["layer_types"] = ["sliding_attention"] * base["num_hidden_layers"]
-        base["sliding_window"] = config.get("sliding_window")
-        causal_by_default = []
-    else:
-        causal_by_default = ["sliding_attention"]
-    window = inner.get("swa_window_size", base["sliding_window"])
-    return {
-        **base,
-        **_window(base["layer_types"], window),
-        "causal_layer_types": _causal(base["layer_types"], config, inner, causal_by_default),
-        "block_size": value("block_size", 16),
-        "mask_token_id": value("mask_token_id"),
-        "target_layer_ids": _required(value("target_layer_ids", value("layer_ids")), "target_layer_ids"),
-        "target_hidden_size": config.get("target_hidden_size"),
-        "num_target_layers": value("num_target_layers"),
-        "output_multiplier": value("output_multiplier", config.get("logit_scale")),
-        "final_logit_softcapping": value("final_logit_softcapping") or None,
-        "input_embedding_scale": value("input_embedding_scale"),
-        **_extras(inner),
-    }
+# What several layouts share: Qwen3's keys, in both directions.
 
 
-def _from_speculators(config: dict) -> dict:
-    _check_kind(config, {})
-    layers = dict(config.get("transformer_layer_config") or {})
-    if "sliding_attention" in (layers.get("layer_types") or []):
-        layers.setdefault("use_sliding_window", True)
-    base = _read_layers({"model_type": "qwen3", **layers})
-    ids = _required(config.get("aux_hidden_state_layer_ids"), "aux_hidden_state_layer_ids")
-    if min(ids) < 1:
-        _refuse(f"aux_hidden_state_layer_ids is {ids}: entry 0 is the embedding's output, which is no layer's")
-    pruned = config.get("draft_vocab_size", 32000) != base["vocab_size"]
-    causal = [] if config.get("sliding_window_non_causal", False) else ["sliding_attention"]
-    return {
-        **base,
-        **_window(base["layer_types"], base["sliding_window"]),
-        **_extras(layers),
-        "causal_layer_types": [kind for kind in causal if kind in base["layer_types"]],
-        "block_size": config.get("block_size", 8),
-        "mask_token_id": config.get("mask_token_id"),
-        "target_layer_ids": [i - 1 for i in ids],  # theirs index hidden_states, which has the embedding first
-        "target_hidden_size": config.get("target_hidden_size"),
-        "draft_vocab_size": config.get("draft_vocab_size", 32000) if pruned else None,
-        "own_head": pruned,
-    }
+def _refuse(reason: str) -> None:
+    raise ValueError(f"{reason}. docs/formats.md lists the drafters that can be read.")
 
 
-def _from_native(config: dict) -> dict:
-    """Transformers' own DFlash assistants: blocks see themselves in both directions, also in sliding layers."""
-    if NATIVE not in CONFIG_MAPPING:
-        _refuse(f"This release of Transformers does not know {NATIVE!r}: pip install -U transformers")
-    read = CONFIG_MAPPING[NATIVE](**{name: value for name, value in config.items() if name != "model_type"})
-    base = _kept(read) | {"vocab_size": config.get("vocab_size")}
-    return {
-        **base,
-        "layer_types": read.layer_types,
-        "sliding_window": read.sliding_window,
-        "block_size": read.block_size,
-        "mask_token_id": read.mask_token_id,
-        "target_layer_ids": read.target_layer_ids,
-    }
-
-
-def _extras(values: dict) -> dict:
-    """What `hf-d2sd export` adds to these layouts, and other readers pass over."""
-    extras = values.get("d2sd") or {}
-    return {name: extras[name] for name in EXTRAS if name in extras}
-
-
-def _check_kind(config: dict, inner: dict) -> None:
+def _check_kind(config: Mapping) -> None:
     for name, harmless, kind in _FOREIGN:
-        value = inner.get(name, config.get(name))
+        value = config.get(name)
         if value is not None and value not in harmless:
             _refuse(f"This is {kind}: {name} is {value!r}")
+
+
+def _said(values: dict) -> dict:
+    """Without what a checkpoint does not say; a vocabulary that is not named is none, whatever the default."""
+    return {name: value for name, value in values.items() if value is not None or name == "vocab_size"}
 
 
 def _required(value, name: str):
@@ -238,9 +432,23 @@ def _required(value, name: str):
     return value
 
 
+def _read_extras(values: dict) -> dict:
+    extras = values.get("d2sd") or {}
+    return {name: extras[name] for name in _EXTRAS if name in extras}
+
+
+def _write_extras(config: PreTrainedConfig, said: tuple[str, ...] = ()) -> dict:
+    """What the layout has no key for, and is not `said` already."""
+    extras = {name: getattr(config, name) for name in _EXTRAS if name not in said}
+    extras = {name: value for name, value in extras.items() if value is not None}
+    return {"d2sd": extras} if extras else {}
+
+
 def _read_layers(layers: dict) -> dict:
     """The layers' configuration, with the defaults of its own class, and the rotary parameters in one dictionary."""
     model_type = layers.pop("model_type")
+    if "sliding_attention" in (layers.get("layer_types") or []):
+        layers.setdefault("use_sliding_window", True)
     if model_type not in CONFIG_MAPPING:
         _refuse(f"The drafter's layers are of the unknown model_type {model_type!r}")
     read = CONFIG_MAPPING[model_type](**layers)
@@ -249,8 +457,24 @@ def _read_layers(layers: dict) -> dict:
     return _kept(read) | {"layer_types": list(types), "sliding_window": getattr(read, "sliding_window", None)}
 
 
+def _write_layers(config: PreTrainedConfig) -> dict:
+    """The layers as Qwen3's configuration has them; a window of W sees distances below W there."""
+    window = config.sliding_window
+    rope = dict(config.rope_parameters)
+    scaling = None if rope.get("rope_type", "default") == "default" else rope
+    return {
+        **{name: getattr(config, name) for name in (*_KEYS, "layer_types")},
+        "model_type": "qwen3",
+        "rope_theta": rope["rope_theta"],  # for readers that do not know rope_parameters
+        "rope_scaling": scaling,
+        "sliding_window": None if window is None else window + 1,
+        "use_sliding_window": window is not None,
+        "tie_word_embeddings": False,
+    }
+
+
 def _kept(read: PreTrainedConfig) -> dict:
-    kept = {name: getattr(read, name) for name in _KEPT if getattr(read, name, None) is not None}
+    kept = {name: getattr(read, name) for name in (*_KEYS, "dtype") if getattr(read, name, None) is not None}
     kept["rope_parameters"] = _one_rope(kept.get("rope_parameters") or {})
     return kept
 
@@ -274,193 +498,20 @@ def _window(layer_types: list[str], window: int | None) -> dict:
     return {"sliding_window": window - 1 if sliding else None}
 
 
-def _causal(layer_types: list[str], config: dict, inner: dict, by_default: list[str]) -> list[str]:
-    """The layer types in which a block's tokens see only earlier ones: as said for all layers, or the default."""
-    said = (inner.get("causal"), config.get("is_causal"), inner.get("is_causal"), inner.get("causal_head") or None)
-    said = next((value for value in said if value is not None), None)
-    if said is None:
-        return [kind for kind in by_default if kind in layer_types]
-    return sorted(set(layer_types)) if said else []
+def _causal_types(config: PreTrainedConfig) -> set[str]:
+    return set(config.layer_types) & set(config.causal_layer_types or ())
 
 
-def tensor_name(layout: str, name: str, config: PreTrainedConfig) -> str | None:
-    """What a tensor of another layout is called here; `None` for one that is left out.
-
-    speculators replaces `embed_tokens`, and the `lm_head` of a full vocabulary, by the target's when it loads a
-    drafter, so here too they are the target's. `t2d` says nothing that `d2t` does not.
-    """
-    if layout == NATIVE:
-        return re.sub(r"^encoder\.output_norm_enc\.", "hidden_norm.", re.sub(r"^encoder\.fc\.", "fc.", name))
-    if layout == SPECULATORS:
-        if name in ("embed_tokens.weight", "t2d") or (name == "lm_head.weight" and not config.own_head):
-            return None
-        return "draft_token_ids" if name == "d2t" and config.draft_vocab_size is not None else name
-    return name
-
-
-def translate_tensors(layout: str, tensors: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
-    """The tensors of another layout by their names here. `d2t` holds target id minus draft id.
-
-    Raises:
-        ValueError: if `t2d` and `d2t` name different tokens.
-    """
-    translated = {tensor_name(layout, name, config): tensor for name, tensor in tensors.items()}
-    translated.pop(None, None)
-    if layout == SPECULATORS and "draft_token_ids" in translated:
-        offsets = translated["draft_token_ids"].long()
-        ids = translated["draft_token_ids"] = offsets + torch.arange(len(offsets))
-        listed = tensors.get("t2d")
-        if listed is not None and listed.bool().nonzero().flatten().tolist() != ids.sort().values.tolist():
-            raise ValueError("The checkpoint's t2d and d2t name different tokens: it is damaged.")
-    return translated
-
-
-def drafter_shapes(config: PreTrainedConfig, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor that a drafter of this configuration has; nothing is allocated."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    projections = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
-    layer = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-    layer |= {"mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden)}
-    layer |= {"mlp.down_proj.weight": (hidden, inner)}
-    for name, shape in projections.items():
-        layer[f"self_attn.{name}_proj.weight"] = shape
-        if config.attention_bias:
-            layer[f"self_attn.{name}_proj.bias"] = shape[:1]
-    if config.qk_norm:
-        layer |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
-    shapes = {f"layers.{i}.{name}": shape for i in range(config.num_hidden_layers) for name, shape in layer.items()}
-    features = len(config.target_layer_ids)
-    shapes |= {"fc.weight": (hidden, features * config.target_hidden_size)}
-    shapes |= {"hidden_norm.weight": (hidden,), "norm.weight": (hidden,)}
-    if config.feature_fusion == "layerwise":
-        shapes["layer_weights"] = (config.num_hidden_layers, features)
-    if config.draft_vocab_size is not None:
-        shapes["draft_token_ids"] = (config.draft_vocab_size,)
-    if config.own_head:
-        shapes["lm_head.weight"] = (config.draft_vocab_size or config.vocab_size, hidden)
-    return {prefix + name: shape for name, shape in shapes.items()}
-
-
-_STRANGE_FILES = {
-    "adapter_config.json": "it is an adapter, whose base would be loaded from elsewhere",
-    "mask_embedding.pt": "its mask token's embedding is pickled apart from the weights",
-}
-
-
-def find_weights(path: str | os.PathLike, variant: str | None = None, **hub) -> list[str]:
-    """The safetensors files of a folder or Hub repository, which are brought here.
-
-    Raises:
-        ValueError: for an index that leads elsewhere than to safetensors files beside it, or weights of which not all
-            are safetensors.
-        OSError: if there are none. Pickled weights are never read.
-    """
-    for name, meaning in _STRANGE_FILES.items():
-        if cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) is not None:
-            raise ValueError(f"{path} has a file {name}: {meaning}, which a drafter that can be read here has not.")
-    names = [_with_variant(name, variant) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)]
-    single, index = (cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names)
-    if single is not None:
-        return [single]
-    if index is None:
-        raise OSError(
-            f"{path} has no {names[0]} and no {names[1]}. Drafters are read from safetensors alone, since reading a "
-            "pickle can run any code: ask its author for them."
-        )
-    return [cached_file(path, name, **hub) for name in shard_names(index)]
-
-
-def _with_variant(name: str, variant: str | None) -> str:
-    return name if variant is None else re.sub(r"^model\.", f"model.{variant}.", name)
-
-
-def shard_names(index_file: str | os.PathLike) -> list[str]:
-    """The files that an index names.
-
-    Raises:
-        ValueError: for a damaged index, or a name that is no plain safetensors file name.
-    """
-    with open(index_file, encoding="utf-8") as file:
-        try:
-            names = sorted(set(json.load(file)["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index_file} is no index of weights: {error!r}.") from error
-    for name in names:
-        if not re.fullmatch(r"[\w.+-]*\w\.safetensors", str(name), re.ASCII):
-            raise ValueError(
-                f"{index_file} names the file {name!r}. Weights are read from safetensors files beside the index "
-                "alone: do not use this checkpoint."
-            )
-    return names
-
-
-def read_header(file: str | os.PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a safetensors file, without reading the tensors.
-
-    Raises:
-        ValueError: if it is no safetensors file, or a part of it is missing.
-    """
-    size = os.path.getsize(file)
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{file} is no safetensors file, or not all of it is here: {size} bytes.")
-        try:
-            header = json.loads(stream.read(length))
-            entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            read = {name: (entry["dtype"], tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
-            needed = sum(_ITEM_SIZES[dtype] * math.prod(shape) for dtype, shape in read.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is no safetensors file of plain weights: {error!r}.") from error
-    if needed != size - 8 - length:
-        raise ValueError(f"{file} is damaged: its tensors need {needed} bytes, and there are {size - 8 - length}.")
-    return read
-
-
-def check_weights(
-    path: str | os.PathLike,
-    files: Iterable[str],
-    shapes: dict[str, tuple[int, ...]],
-    rename: Callable[[str], str | None] = lambda name: name,
-) -> None:
-    """Compare what the files hold with the tensors that a configuration asks for, before any is allocated.
-
-    Raises:
-        ValueError: listing the tensors that are missing, unexpected, or of another shape or kind.
-    """
-    found = {rename(name): entry for file in files for name, entry in read_header(file).items()}
-    found.pop(None, None)
-    problems = {
-        "missing": sorted(shapes.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - shapes.keys()),
-        "mismatched": [
-            f"{name} {found[name][1]} for {shape}"
-            for name, shape in shapes.items()
-            if name in found and (found[name][1] != shape or (found[name][0][0] == "I") != _is_index(name))
-        ],
+def _common_obstacles(config: PreTrainedConfig) -> dict[str, bool]:
+    """What Qwen3's keys cannot say, in words, and whether the drafter has it."""
+    partly_causal = _causal_types(config) == {"full_attention"} and "sliding_attention" in config.layer_types
+    return {
+        "feature_fusion is 'layerwise'": config.feature_fusion != "shared",
+        "qk_norm is False": not config.qk_norm,
+        "vocab_size is None": config.vocab_size is None,
+        "mask_token_id is None": config.mask_token_id is None,
+        "its full layers are causal, its sliding ones are not": partly_causal,
     }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {_shortened(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"The weights of {path} are not those of its config: tensors {listed}.")
 
 
-def _is_index(name: str) -> bool:
-    return name.endswith("draft_token_ids")
-
-
-def _shortened(names: list[str], most: int = 20) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
-
-
-__all__ = [
-    "check_references",
-    "check_weights",
-    "drafter_shapes",
-    "find_weights",
-    "layout_of",
-    "translate_config",
-    "translate_tensors",
-]
+__all__ = ["DEFAULT_FORMAT", "FORMATS", "Format", "TargetParts", "format_named", "format_of", "written_formats"]

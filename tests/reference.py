@@ -27,7 +27,8 @@ class PackedReference(Kernel):
     def obstacle(self, facts):
         return None
 
-    def varlen(self, q, k, v, q_starts, k_starts, max_q, max_k, causal, scale, softcap):
+    def varlen(self, q, k, v, packing, scoring):
+        q_starts, k_starts = packing.query_starts, packing.key_starts
         out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], len(q)), torch.nan, dtype=torch.float32)
         assert q_starts.dtype == k_starts.dtype == torch.int32
         assert int(k_starts[-1]) <= len(k)
@@ -37,15 +38,15 @@ class PackedReference(Kernel):
         ):
             if q1 == q0:
                 continue
-            assert 0 < k1 - k0 <= max_k
-            assert q1 - q0 <= max_q
+            assert 0 < k1 - k0 <= packing.max_keys
+            assert q1 - q0 <= packing.max_queries
             seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
-            if causal:  # aligned at the end
+            if packing.causal:  # aligned at the end
                 seen = seen.tril(k1 - k0 - (q1 - q0))
             scores = q[q0:q1].transpose(0, 1).double() @ k[k0:k1].permute(1, 2, 0).double().repeat_interleave(
                 q.shape[1] // k.shape[1], 0
             )
-            scores = (scores * scale).masked_fill(~seen, -torch.inf)
+            scores = (scores * scoring.scale).masked_fill(~seen, -torch.inf)
             values = v[k0:k1].transpose(0, 1).double().repeat_interleave(q.shape[1] // k.shape[1], 0)
             out[q0:q1] = (scores.softmax(-1) @ values).transpose(0, 1).to(q.dtype)
             lse[:, q0:q1] = scores.logsumexp(-1).float()

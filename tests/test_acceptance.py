@@ -5,6 +5,7 @@ import random
 import pytest
 
 from hf_d2sd.acceptance import walk
+from hf_d2sd.tree import HostTree
 
 #        0
 #      / | \        tokens: 0:a(7)  1:5  2:6  3:9
@@ -19,6 +20,17 @@ def never():
     return False
 
 
+class Scripted:
+    """Chooses by a function of the node, and ends when another one says so."""
+
+    def __init__(self, choose, is_finished=never):
+        self.choose, self.is_finished = choose, is_finished
+
+
+def host_tree(tokens, parents) -> HostTree:
+    return HostTree(list(tokens), list(parents), [], [], [], [])
+
+
 def run(choices, tokens=TOKENS, parents=PARENTS, is_finished=never):
     """Walk with one choice for each node (a dict: the others must not be asked); also what was asked, in order."""
     asked = []
@@ -27,7 +39,7 @@ def run(choices, tokens=TOKENS, parents=PARENTS, is_finished=never):
         asked.append(node)
         return choices[node]
 
-    return *walk(tokens, parents, choose, is_finished), asked
+    return *walk(host_tree(tokens, parents), Scripted(choose, is_finished)), asked
 
 
 @pytest.mark.parametrize(
@@ -68,7 +80,7 @@ def test_it_asks_whether_generation_ended_after_each_choice_and_never_before():
         events.append("finished?")
         return False
 
-    walk(TOKENS, PARENTS, choose, is_finished)
+    walk(host_tree(TOKENS, PARENTS), Scripted(choose, is_finished))
     assert events == [("choose", 0), "finished?", ("choose", 1), "finished?", ("choose", 5), "finished?"]
 
 
@@ -124,7 +136,8 @@ def test_random_trees_accept_the_longest_prefix_of_what_the_target_writes_alone(
             emitted_so_far.append(target(prefix))  # noqa: B023
             return emitted_so_far[-1]  # noqa: B023
 
-        got = walk(tokens, parents, choose, lambda: len(emitted_so_far) == limit)  # noqa: B023
+        scripted = Scripted(choose, lambda: len(emitted_so_far) == limit)  # noqa: B023
+        got = walk(host_tree(tokens, parents), scripted)
         assert got == expected, case
         lengths.add(len(got[0]))
     assert lengths >= {1, 2, 3, 4, 5}, "paths of many lengths must occur"

@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from hf_d2sd import attention
 from hf_d2sd.attention import Nodes, TreeAttention, choose, tree_mask
-from hf_d2sd.cache import TreeCache, TreeLayer
+from hf_d2sd.cache import Place, TreeCache, TreeLayer
 from hf_d2sd.target import Target
 from hf_d2sd.tree import CandidateTree
 
@@ -46,7 +46,7 @@ def mask_of(tree: CandidateTree, position: int, cached: int, window: int | None)
     """(N, cached + N): the mask of a layer that hands out the last `cached` of `position` keys."""
     layer = TreeLayer(None if cached == position else window)
     layer.length = position
-    return tree_mask(Nodes.of_tree(tree), [position], position, layer, window)[0]
+    return tree_mask(Nodes.of_tree(tree), Place(position, [position]), layer, window)[0]
 
 
 class TestTheMask:
@@ -122,13 +122,14 @@ def test_a_nodes_logits_are_those_of_its_own_path(family, length, monkeypatch):
     target, committed = prefilled_target(family, inputs), []
     for cycle in range(2):
         tree = random_tree(cycle, size=24)
-        logits = target.verify(tree).logits[0]
+        step = target.verify(tree)
+        logits = step.logits[0]
         for node in range(len(tree)):
             tokens = committed + tree.tokens[0, path_to(tree, node)].tolist()
             expected = forward_path(family, inputs, tokens)
             torch.testing.assert_close(logits[node], expected, atol=TOLERANCE, rtol=TOLERANCE)
         path = path_to(tree, len(tree) - 3)
-        target.commit(torch.tensor([path]), [len(path)])
+        target.commit(step, torch.tensor([path]), [len(path)])
         committed += tree.tokens[0, path].tolist()
 
 

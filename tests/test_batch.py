@@ -12,7 +12,8 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from hf_d2sd import D2SDAssistant, attention
-from hf_d2sd.drafting import Draft, Drafter
+from hf_d2sd.candidates import Draft
+from hf_d2sd.drafting import Drafter
 from hf_d2sd.modeling import CACHE_NAME
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma3_text", "gpt_oss", "phi3", "olmo2")
@@ -53,17 +54,17 @@ def mostly_right(monkeypatch, truths: list[list[int]], starts: list[int]):
     """Drafts that are often what the target says, told apart by the anchor's row: rows keep their order."""
     stock, generator = Drafter._denoise, torch.Generator().manual_seed(0)
 
-    def denoise(drafter, blocks):
-        draft = stock(drafter, blocks)
+    def denoise(drafter, blocks, width):
+        draft = stock(drafter, blocks, width)
         rows = [row for row, start in enumerate(starts) if row in drafter.rows_left]
-        tokens = draft.tokens.clone()
+        tokens = draft.best.clone()
         for at, row in enumerate(rows):
             done = drafter.context.positions[at] + 1 - starts[row]
             truth = (truths[row] + [2] * 40)[done : done + tokens.shape[2]]
             right = torch.rand(tokens.shape[1:], generator=generator) < 0.75
             tokens[at] = torch.where(right, torch.tensor(truth), tokens[at])
-        confidence = torch.rand(draft.confidence.shape, generator=generator).clamp(0.05, 0.99)
-        return Draft(tokens, confidence)
+        confidence = torch.rand(tokens.shape, generator=generator).clamp(0.05, 0.99)
+        return Draft.of(tokens, confidence)
 
     def select(drafter, staying):
         drafter.rows_left = [drafter.rows_left[at] for at in staying]
@@ -339,8 +340,8 @@ def test_the_drafts_of_a_batch_are_those_of_each_row_alone():
     rows, pair, seen = prompts(4, 1), tiny_assistant(4, 6), {}
     stock = Drafter._denoise
 
-    def denoise(drafter, blocks):
-        draft = stock(drafter, blocks)
+    def denoise(drafter, blocks, width):
+        draft = stock(drafter, blocks, width)
         for at, block in enumerate(blocks.tolist()):
             key = id(drafter.model), drafter.context.positions[at], str(block)
             found = seen.setdefault(key, {}).setdefault(len(blocks) > 1, [])

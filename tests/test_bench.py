@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from words import WORDS, save_word_target
 
 import hf_d2sd.benchmark.probing as probing
 import hf_d2sd.benchmark.run as running
-from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
+from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel, records
 from hf_d2sd.benchmark.options import BenchOptions
-from hf_d2sd.benchmark.report import ReportOptions, read_result, report_run
-from hf_d2sd.benchmark.run import PROBES, ROWS, bench, read_rows
+from hf_d2sd.benchmark.report import ReportOptions, report_run
+from hf_d2sd.benchmark.result import PROBES, ROWS, read_result
+from hf_d2sd.benchmark.run import bench
 from hf_d2sd.benchmark.strategies import all_strategies, find_strategy, grid
 from hf_d2sd.benchmark.suites import read_suites
 from hf_d2sd.benchmark.summary import instruments, ratios, summarize
@@ -147,7 +149,7 @@ class TestRuns:
         assert result[0].probed("ar").peak_mb >= 0
 
     def test_a_killed_run_goes_on_and_repeats_nothing(self, models, prompts, tmp_path, monkeypatch):
-        stock, written = running.append_line, []
+        stock, written = records.append, []
 
         def killed(path, row):
             if len(written) == 2:
@@ -157,14 +159,14 @@ class TestRuns:
             written.append(row["key"])
             stock(path, row)
 
-        monkeypatch.setattr(running, "append_line", killed)
+        monkeypatch.setattr(records, "append", killed)
         settings = options(models, prompts, tmp_path / "run", strategies=["dflash"])
         with pytest.raises(KeyboardInterrupt):
             bench(settings)
-        monkeypatch.setattr(running, "append_line", stock)
-        before = read_rows(tmp_path / "run" / ROWS)
+        monkeypatch.setattr(records, "append", stock)
+        before = records.read(tmp_path / "run" / ROWS)
         bench(settings)
-        after = read_rows(tmp_path / "run" / ROWS)
+        after = records.read(tmp_path / "run" / ROWS)
         assert len(before) == 2 and after[:2] == before
         assert sorted(row["key"] for row in after) == [
             ["suite", "1", 0],
@@ -175,7 +177,7 @@ class TestRuns:
         first = (tmp_path / "run" / "report.md").read_text()
         bench(settings)  # nothing is left to do
         assert (tmp_path / "run" / "report.md").read_text() == first
-        assert len(read_rows(tmp_path / "run" / PROBES)) == 2  # one a task
+        assert len(records.read(tmp_path / "run" / PROBES)) == 2  # one a task
 
     def test_a_run_of_other_settings_is_not_mixed_in(self, models, prompts, tmp_path):
         bench(options(models, prompts, tmp_path / "run", strategies=["dflash"], probes=0))
@@ -185,7 +187,7 @@ class TestRuns:
     def test_sampling_is_compared_seed_by_seed(self, models, prompts, tmp_path):
         names = ["dflash", "d2sd", "d2sd-wide"]
         bench(options(models, prompts, tmp_path / "run", strategies=names, temperature=1.0, probes=0))
-        rows = read_rows(tmp_path / "run" / ROWS)
+        rows = records.read(tmp_path / "run" / ROWS)
         assert all(row["strategies"][name]["same"] for row in rows for name in names)
 
     def test_a_first_drafter_alone_runs_what_it_can(self, models, prompts, tmp_path):
@@ -208,7 +210,7 @@ class TestRuns:
 
         monkeypatch.setattr(running, "measure", changed)
         bench(options(models, prompts, tmp_path / "run", strategies=["dflash"], probes=0))
-        for row in read_rows(tmp_path / "run" / ROWS):
+        for row in records.read(tmp_path / "run" / ROWS):
             plain, cell = row["strategies"]["ar"], row["strategies"]["dflash"]
             assert not cell["same"] and cell["parts"]["at"] == plain["tokens"] - 1 and cell["parts"]["gap"] > 0
 
@@ -231,7 +233,7 @@ class TestRuns:
         file = write_lines(tmp_path / "suite.jsonl", rows)
         bench(options(models, file, tmp_path / "run", strategies=[name], probes=0))
         assert graphs[0] > 0 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[0]
-        assert all(row["strategies"][name]["same"] for row in read_rows(tmp_path / "run" / ROWS))
+        assert all(row["strategies"][name]["same"] for row in records.read(tmp_path / "run" / ROWS))
 
 
 class Page(html.parser.HTMLParser):
@@ -309,7 +311,7 @@ class TestReports:
         same = report_run(ReportOptions(result[1], compare=result[1]))
         assert same["agree"] and set(same["strategies"]) == set(result[0].names) - {"ar"}
         other = shutil.copytree(result[1], tmp_path / "other")
-        rows = read_rows(other / ROWS)
+        rows = records.read(other / ROWS)
         for row in rows:
             row["strategies"]["d2sd"]["decode_seconds"] *= 50
         write_lines(other / ROWS, rows)
@@ -523,6 +525,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match="There is no file"):
             bench(options(models, tmp_path / "none.jsonl", tmp_path / "run"))
 
+    @pytest.mark.parametrize("package", ["rich", "matplotlib"])
+    def test_a_package_of_the_reports_is_missing(self, models, prompts, tmp_path, monkeypatch, package):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ValueError, match=r"need rich and matplotlib: pip install 'hf-d2sd\[bench\]'"):
+            bench(options(models, prompts, tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
     def test_the_command_line_says_it_in_a_line(self, models, prompts, tmp_path):
         arguments = ["--target", str(models / "target"), "--prompts", str(prompts), "--out", str(tmp_path / "run")]
         with pytest.raises(SystemExit, match="hf-d2sd bench: There is no strategy 'x'"):
@@ -554,6 +563,44 @@ def test_parts_of_an_acceptance_run_are_read_together_and_no_other_run(monkeypat
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"run": name}) + "\n" + '{"torn": ')
     assert {row["run"] for row in acceptance.read_rows(tmp_path / "p0.json")} == {"p0", "p0-0", "p0-1"}
     assert acceptance.read_rows(tmp_path / "none.json") == []
+
+
+class TestScriptsThatGoOn:
+    """benchmarks/acceptance.py and benchmarks/equality.py, without the models' part."""
+
+    @pytest.fixture(autouse=True)
+    def scripts(self, monkeypatch):
+        for folder in ("examples", "benchmarks"):
+            monkeypatch.syspath_prepend(str(ROOT / folder))
+
+    def test_an_acceptance_run_is_not_mixed_with_one_of_other_settings(self, monkeypatch, tmp_path):
+        import acceptance
+
+        def run(*more):
+            monkeypatch.setattr(sys, "argv", ["acceptance.py", "--out", str(tmp_path / "a.json"), *more])
+            acceptance.main()
+
+        monkeypatch.setattr(acceptance, "measure", lambda args: None)
+        run("--parts", "2")
+        run("--strategies", "wide tree, D²SD")
+        with pytest.raises(ValueError, match="a.run.json is of .* other settings: nodes: 32 there, 16 now"):
+            run("--nodes", "16")
+
+    def test_an_equality_run_is_not_mixed_with_one_of_other_drafters(self, monkeypatch, tmp_path):
+        import equality
+
+        def run(weights: bytes, *more):
+            (tmp_path / "model.safetensors").write_bytes(weights)
+            folders = ["--pair", tmp_path, "--work", tmp_path / "work", "--out", tmp_path / "e.json", "--workers", 0]
+            monkeypatch.setattr(sys, "argv", ["equality.py", *map(str, folders), *more])
+            return equality.main()
+
+        monkeypatch.setattr(equality, "load_smollm2", lambda dtype: None)
+        assert run(b"one") == run(b"one", "--max-prompts", "3") == 0
+        with pytest.raises(ValueError, match="other settings: drafters_sha256"):
+            run(b"other")
+        with pytest.raises(ValueError, match="max_new_tokens: 128 there, 64 now"):
+            run(b"one", "--max-new-tokens", "64")
 
 
 def test_coverage_of_a_draft_vocabulary(monkeypatch):

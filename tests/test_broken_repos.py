@@ -15,7 +15,7 @@ from tiny import tiny_assistant, tiny_drafter
 from transformers import AutoModel
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterModel
-from hf_d2sd.modeling.formats_d2sd import read_header
+from hf_d2sd.modeling.weights_d2sd import read_header
 
 
 class Evil:

@@ -8,7 +8,7 @@ from tiny import WINDOW, prompt, tiny_assistant, tiny_target
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache, QuantizedCache
 
-from hf_d2sd.cache import TreeCache, TreeLayer, check_supported
+from hf_d2sd.cache import Place, TreeCache, TreeLayer, check_supported
 from hf_d2sd.modeling import CACHE_NAME
 from hf_d2sd.target import Target
 from hf_d2sd.tree import CandidateTree
@@ -73,7 +73,7 @@ class TestTakingOverAndGivingBack:
         before = [layer.keys.clone() for layer in cache.layers]
         tree_cache = TreeCache.take_over(tiny_target().config, cache)
         step("llama", prompt(3, seed=1), tree_cache)
-        tree_cache.keep(dict.fromkeys(tree_cache.starts(), 9), torch.tensor([[2]]), [1])
+        tree_cache.keep(dict.fromkeys(tree_cache.places(), Place(9, [9])), torch.tensor([[2]]), [1])
         tree_cache.crop(-5)
         step("llama", prompt(3, seed=2), tree_cache)
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before))
@@ -116,8 +116,7 @@ class TestKeepingAPath:
         target = Target(model, TreeCache(model.config), layer_ids={0})
         list(target.prefill(prompt(length), length))
         tree = chain_tree(*self.TREE)
-        target.verify(tree)
-        target.commit(torch.tensor([path]), [len(path)])
+        target.commit(target.verify(tree), torch.tensor([path]), [len(path)])
         assert target.positions == [target.cache.get_seq_length()] == [length + len(path)]
 
         whole = torch.cat([prompt(length), tree.tokens[:, path]], dim=1)
@@ -140,8 +139,7 @@ class TestKeepingAPath:
         step(family, prompt(length), cache)
         target = Target(model, TreeCache.take_over(model.config, cache), layer_ids={0})
         tree, path = chain_tree(*self.TREE), [0, 2, 4, 5]
-        target.verify(tree)
-        target.commit(torch.tensor([path]), [len(path)])
+        target.commit(target.verify(tree), torch.tensor([path]), [len(path)])
         target.cache.give_back(cache)
         expected = plain_cache(family, True)
         step(family, torch.cat([prompt(length), tree.tokens[:, path]], dim=1), expected)
@@ -191,7 +189,7 @@ class TestLayers:
         layer = TreeLayer()
         layer.crop(-3)
         layer.reset()
-        layer.keep(0, torch.tensor([[0]]), [1])
+        layer.keep(Place(0, [0]), torch.tensor([[0]]), [1])
         assert layer.get_seq_length() == 0
 
     def test_reset_forgets_everything(self):
@@ -219,7 +217,7 @@ class TestLayers:
         keys, values = states(10)
         layer = TreeLayer()
         layer.update(keys, values)
-        layer.keep(4, torch.tensor([[0, 3, 1]]), [3])
+        layer.keep(Place(4, [4]), torch.tensor([[0, 3, 1]]), [3])
         assert torch.equal(layer.keys, keys[:, :, [0, 1, 2, 3, 4, 7, 5]])
         assert torch.equal(layer.values, values[:, :, [0, 1, 2, 3, 4, 7, 5]])
 

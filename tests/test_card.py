@@ -145,9 +145,10 @@ class TestTheShippedCard:
         pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (SHIPPED / "README.md").read_text())
         assert len(pictures) == 2 and all((SHIPPED / name).exists() for name in pictures)
 
-    def test_the_readme_has_the_figures_of_the_card(self):
+    @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+    def test_pages_have_the_figures_of_the_card(self, page):
         def figures(page: Path) -> list[list[str]]:
             table = page.read_text().split("| strategy | GSM8K | HumanEval | Spec-Bench | mean | nodes a pass |\n")[1]
             return [line.split("|")[2:-1] for line in table.split("\n\n")[0].splitlines()]
 
-        assert len(figures(ROOT / "README.md")) == 8 and figures(ROOT / "README.md") == figures(SHIPPED / "README.md")
+        assert len(figures(ROOT / page)) == 8 and figures(ROOT / page) == figures(SHIPPED / "README.md")

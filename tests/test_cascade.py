@@ -14,7 +14,8 @@ from torch import nn
 from hf_d2sd import attention
 from hf_d2sd.attention import Nodes, TreePlan, cascade, merge, plan_layer
 from hf_d2sd.cache import TreeLayer
-from hf_d2sd.kernels import CPU, KERNELS, heads_first, small_attention, tokens_of
+from hf_d2sd.captured import FixedLayer
+from hf_d2sd.kernels import CPU, KERNELS, Scoring, heads_first, small_attention, tokens_of
 from hf_d2sd.tree import CandidateTree
 
 TOLERANCE = 2e-6
@@ -73,13 +74,11 @@ def run(kernel, tree, lengths, window, shape, seed, fixed=False, corrupt=False):
     stored = [torch.randn(rows, key_heads, max(lengths), shape.head_dim, generator=generator) for _ in range(2)]
     layer.update(*stored)
     layer.set_lengths(lengths)
-    start = max(lengths)
     if fixed:
-        start = 64
-        make_fixed(layer, start, size)
+        layer = fixed_layer(layer, 64, size)
     nodes = Nodes.of_tree(tree)
     segments = list(vars(nodes.segments()).values()) if kernel.packs else []
-    plan = plan_layer(kernel, nodes, segments, lengths, start, layer, window, torch.float32)
+    plan = plan_layer(kernel, nodes, segments, layer.place(), layer, window, torch.float32)
     query = torch.randn(rows, heads, size, shape.head_dim, generator=generator)
     own = [torch.randn(rows, key_heads, size, shape.head_dim, generator=generator) for _ in range(2)]
     key, value = layer.update(*own)
@@ -104,13 +103,13 @@ def run(kernel, tree, lengths, window, shape, seed, fixed=False, corrupt=False):
     return got, expected.transpose(1, 2)
 
 
-def make_fixed(layer: TreeLayer, capacity: int, nodes: int):
-    lengths = layer.lengths
-    for i, old in enumerate(layer._buffers):
-        layer._buffers[i] = old.new_full((*old.shape[:2], capacity + nodes, old.shape[3]), 7.0)
-        layer._buffers[i][:, :, : layer.length] = old[:, :, : layer.length]
-    layer.fixed, layer.slots = True, torch.arange(capacity, capacity + nodes)
-    layer.set_lengths(lengths)
+def fixed_layer(layer: TreeLayer, capacity: int, nodes: int) -> FixedLayer:
+    """With sevens wherever nothing is stored: nobody must see them."""
+    fixed = FixedLayer.of(layer, capacity, nodes)
+    for buffer in fixed._buffers:
+        buffer[:, :, layer.length :] = 7.0
+    fixed.slots = torch.arange(capacity, capacity + nodes)
+    return fixed
 
 
 def corrupted(tree: CandidateTree) -> CandidateTree:
@@ -179,7 +178,7 @@ def test_half_precision_is_as_near_as_half_precision_is(name, kernels, parts):
     nodes = Nodes.of_tree(tree)
     kernel = kernels[name]
     segments = list(vars(nodes.segments()).values()) if kernel.packs else []
-    plan = plan_layer(kernel, nodes, segments, [30], 30, layer, None, torch.bfloat16)
+    plan = plan_layer(kernel, nodes, segments, layer.place(), layer, None, torch.bfloat16)
     query = torch.randn(1, 4, 12, 8).bfloat16()
     key, value = layer.update(*(torch.randn(1, 2, 12, 8).bfloat16() for _ in range(2)))
     got = cascade(query, key, value, plan.bounds, plan.edge, plan.mask, plan.prefix, plan.segments, None, name,
@@ -193,9 +192,9 @@ def test_merging_two_halves_is_attention_over_both():
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 11, 8), torch.randn(2, 2, 11, 8)
     mask = torch.zeros(2, 1, 5, 11)
-    whole, lse = small_attention(query, key, value, mask, 0.3, 0.0)
+    whole, lse = small_attention(query, key, value, mask, Scoring(0.3))
     parts = [
-        small_attention(query, key[:, :, some], value[:, :, some], mask[..., some], 0.3, 0.0)
+        small_attention(query, key[:, :, some], value[:, :, some], mask[..., some], Scoring(0.3))
         for some in (slice(4), slice(4, None))
     ]
     out, merged = merge(*parts[0], *parts[1])
@@ -210,7 +209,7 @@ def test_small_attention_follows_the_rule_with_soft_capping(softcap):
     seen = torch.rand(5, 7) < 0.6
     seen[:, 0] = True
     mask = torch.zeros(5, 7).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None]
-    out, _ = small_attention(query, key, value, mask, 0.5, softcap)
+    out, _ = small_attention(query, key, value, mask, Scoring(0.5, softcap))
     expected = brute_force(query[0], key[0], value[0], seen, 0.5, softcap=softcap)
     torch.testing.assert_close(out[0].double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -233,7 +232,7 @@ def test_packed_tokens_of_a_buffer_with_heads_side_by_side_are_a_view():
 def test_the_compiled_operator_is_registered_soundly(parts):
     tree, layer = random_tree(1, 7), TreeLayer()
     layer.update(torch.randn(1, 2, 11, 8), torch.randn(1, 2, 11, 8))
-    plan = plan_layer(CPU, Nodes.of_tree(tree), [], [11], 11, layer, None, torch.float32)
+    plan = plan_layer(CPU, Nodes.of_tree(tree), [], layer.place(), layer, None, torch.float32)
     key, value = layer.update(torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8))
     arguments = (torch.randn(1, 4, 7, 8), key, value, plan.bounds, None, plan.mask, [], [], torch.randn(4), "cpu",
                  0.3, 0.0, plan.longest, plan.deepest, True, plan.has_prefix)  # fmt: skip
@@ -253,7 +252,7 @@ def test_nothing_as_large_as_nodes_times_context_is_made(monkeypatch):
         found = []
         for kernel in (CPU, PackedReference()):
             segments = list(vars(nodes.segments()).values())
-            plan = plan_layer(kernel, nodes, segments, [context], context, layer, window, torch.float32)
+            plan = plan_layer(kernel, nodes, segments, layer.place(), layer, window, torch.float32)
             found += [value.numel() for value in vars(plan).values() if torch.is_tensor(value)]
         return found
 
@@ -265,7 +264,7 @@ def test_a_plan_is_copied_once_to_each_other_device():
     layer = TreeLayer()
     layer.update(torch.randn(1, 2, 11, 8), torch.randn(1, 2, 11, 8))
     nodes = Nodes.of_tree(random_tree(0, 5))
-    plan = plan_layer(CPU, nodes, [], [11], 11, layer, None, torch.float32)
+    plan = plan_layer(CPU, nodes, [], layer.place(), layer, None, torch.float32)
     plans = TreePlan(CPU, ["full_attention"] * 3, {"full_attention": plan})
     assert plans.of_layer(2, torch.device("cpu")) is plan
     moved = plans.of_layer(0, torch.device("meta"))

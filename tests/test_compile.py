@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from test_acceptance import Scripted, host_tree
 from test_batch import ends_of, pad, prompts
 from test_batch import generate as generate_batch
 from test_tree import random_forest
@@ -143,7 +144,7 @@ def test_the_walk_by_tensors_is_the_walk_by_steps():
         paths = greedy_paths(tokens, tree.parents, tree.depths, tree.visibility(), choices, width)
         for row in range(3):
             chosen = choices[row].tolist()
-            path, _ = walk(tokens[row].tolist(), tree.parents[row].tolist(), chosen.__getitem__, lambda: False)
+            path, _ = walk(host_tree(tokens[row].tolist(), tree.parents[row].tolist()), Scripted(chosen.__getitem__))
             assert paths[row].tolist() == path + [0] * (width - len(path))
 
 

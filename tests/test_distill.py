@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -18,15 +17,7 @@ from words import WORDS, save_word_target
 from hf_d2sd.cli import main
 from hf_d2sd.training import distill as module
 from hf_d2sd.training.distill import DistillOptions, Writer, distill, without_repetitions
-from hf_d2sd.training.shards import (
-    Row,
-    append_json_line,
-    read_json_lines,
-    read_rows,
-    shard_paths,
-    write_once,
-    write_shard,
-)
+from hf_d2sd.training.shards import Row, read_rows, shard_paths, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -181,15 +172,6 @@ class TestAKilledRun:
         assert not shard_paths(tmp_path / "out")
         assert distill(options(target, tmp_path / "out", prompts=[prompts]))["rows"] == 28
 
-    def test_a_line_that_was_cut_off_is_written_again(self, tmp_path):
-        path = tmp_path / "lines.jsonl"
-        append_json_line(path, {"a": 1})
-        with open(path, "a") as file:
-            file.write('{"a": ')
-        assert [line for _, line in read_json_lines(path)] == [{"a": 1}]
-        append_json_line(path, {"a": 2})
-        assert [line for _, line in read_json_lines(path)] == [{"a": 1}, {"a": 2}]
-
 
 class TestSeveralProcesses:
     def test_two_share_one_folder_and_write_what_one_writes(self, target, prompts, tmp_path):
@@ -203,27 +185,6 @@ class TestSeveralProcesses:
         assert [process.wait(timeout=300) for process in running] == [0, 0]
         distill(options(target, tmp_path / "alone", **settings))
         assert as_text(read_rows(tmp_path / "shared")) == as_text(read_rows(tmp_path / "alone"))
-
-    def test_a_file_is_written_by_one_of_them(self, tmp_path):
-        path, calls, started, finish = tmp_path / "rows-00000", [], threading.Event(), threading.Event()
-
-        def slowly(path):
-            calls.append("slow")
-            started.set()
-            finish.wait(timeout=60)
-            path.write_text("whole")
-
-        thread = threading.Thread(target=write_once, args=(path, slowly))
-        thread.start()
-        started.wait(timeout=60)
-        assert not write_once(path, lambda _: calls.append("other"))  # in somebody's hands: go on elsewhere
-        waiting = threading.Thread(target=write_once, args=(path, lambda _: calls.append("third"), True))
-        waiting.start()
-        finish.set()
-        thread.join(timeout=60), waiting.join(timeout=60)
-        assert calls == ["slow"] and path.read_text() == "whole"
-        assert not write_once(path, lambda _: calls.append("again"))
-        assert calls == ["slow"]
 
 
 class TestErrors:

@@ -17,7 +17,8 @@ from words import save_word_target
 from hf_d2sd.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "hub_cards").glob("*/README.md"))]
+TOP = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*TOP, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "hub_cards").glob("*/README.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -149,7 +150,43 @@ def test_what_pages_let_pip_install_can_be_installed(bare_python, tmp_path):
     assert "distill" in said.stdout
 
 
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are linked by."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_links_between_files_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        if not link.startswith("http"):
+            there = page.parent / link if link else page
+            assert there.exists(), f"{page.name}: {link}"
+            assert not anchor or anchor in anchors(there), f"{page.name}: {link}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}/{page.name}")
+def test_result_files_that_are_cited_are_there(page):
+    for name in re.findall(r"`(benchmarks/results/[\w./-]+)`", page.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 800
+    assert len(re.findall(r"^\|[-|]+\|$", text, re.M)) == 1, "one table"
+
+
+def test_speeds_are_those_of_the_result_file():
+    """Rows in the order of the run, but plain decoding, which all are measured against."""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("\n## Speed\n")[1]
+    rows = [line.split(" | ")[1:] for line in page.split("|---|\n")[1].split("\n\n")[0].splitlines()]
+    folder = ROOT / "benchmarks" / "results" / "bench-smollm2-bfloat16"
+    cells = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["cells"]
+    assert len(rows) == len(cells) - 1
+    for shown, (name, groups) in zip(rows, list(cells.items())[1:]):
+        speed, positions = groups["all"]["speed"], groups["all"]["rows"]
+        expected = [f"{speed['value']:.2f} ({speed['low']:.2f}–{speed['high']:.2f})"]
+        expected += [f"{groups['all']['alpha']['value']:.2f}", "–" if positions is None else f"{positions:.1f}"]
+        expected += [f"{groups[suite]['speed']['value']:.2f}" for suite in list(groups) if suite.endswith("_dev")]
+        assert [cell.strip(" |") for cell in shown] == expected, name

@@ -11,6 +11,7 @@ from transformers.generation.candidate_generator import DFlashTokenCandidateGene
 
 from hf_d2sd import D2SDAssistant, attention
 from hf_d2sd.cache import TreeCache
+from hf_d2sd.candidates import Draft
 from hf_d2sd.drafting import DraftContext, Drafter, draft_head
 from hf_d2sd.target import Target, TargetPass
 from hf_d2sd.tree import CandidateTree
@@ -106,6 +107,21 @@ def assert_reads(draft_tokens, draft_confidence, logits):
     torch.testing.assert_close(draft_confidence, best.values, atol=1e-5, rtol=1e-5)
 
 
+def prefixes(tokens: list[int], lengths: list[int]) -> Draft:
+    """The first so many of these tokens, drafted with a probability of 0.9 each."""
+    first = torch.tensor([[tokens]])
+    return Draft.of(first, torch.full(first.shape, 0.9)).cut(torch.tensor([lengths]))
+
+
+def assert_branch(branches: Draft, row: int, logits, kept: list[int]):
+    """What the drafter says at every position, and that the draft is that behind the tokens that it kept."""
+    said = branches.logits[0, row]
+    assert_reads(said.argmax(-1), said.softmax(-1).amax(-1), logits)
+    assert branches.best[0, row].tolist() == kept + said.argmax(-1).tolist()[len(kept) :]
+    expected = torch.cat([torch.full((len(kept),), 0.9), said.softmax(-1).amax(-1)[len(kept) :]])
+    torch.testing.assert_close(branches.best_confidence[0, row], expected, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 class TestOneDraft:
     @torch.no_grad()
@@ -115,9 +131,9 @@ class TestOneDraft:
             drafter = drafter_of(model)
             drafter.extend(part(hidden, 0, length), [length])
             draft = drafter.draft(torch.tensor([6]), GAMMA)
-            assert draft.tokens.shape == draft.confidence.shape == (1, 1, GAMMA - 1)
+            assert draft.tokens.shape == draft.confidence.shape == (1, 1, GAMMA - 1, 1)
             logits = alone(model, masked(model, [6]), hidden, range(length))
-            assert_reads(draft.tokens[0, 0], draft.confidence[0, 0], logits)
+            assert_reads(draft.best[0, 0], draft.best_confidence[0, 0], logits)
 
     @torch.no_grad()
     def test_branches_in_one_pass_equal_each_branch_alone(self, kind):
@@ -127,12 +143,12 @@ class TestOneDraft:
         for length in (1, 2, 7, 8, 20):
             drafter = drafter_of(model)
             drafter.extend(part(hidden, 0, length), [length])
-            branches = drafter.redraft(torch.tensor([6]), torch.tensor([first]), torch.tensor([lengths]), GAMMA + 2)
-            assert branches.tokens.shape == (1, 5, GAMMA + 1)
-            assert branches.prefix_lengths.tolist() == [lengths]
+            branches = drafter.redraft(torch.tensor([6]), prefixes(first, lengths), GAMMA + 2)
+            assert branches.tokens.shape == (1, 5, GAMMA + 1, 1)
+            assert branches.kept.tolist() == [lengths]
             for row, kept in enumerate(lengths):
                 logits = alone(model, masked(model, [6, *first[:kept]], GAMMA + 2), hidden, range(length))
-                assert_reads(branches.tokens[0, row], branches.confidence[0, row], logits)
+                assert_branch(branches, row, logits, first[:kept])
 
     @torch.no_grad()
     def test_the_head_reads_all_tokens_as_one_matrix(self, kind):
@@ -141,7 +157,7 @@ class TestOneDraft:
         drafter.extend(part(features_of(20), 0, 9), [9])
         seen, head = [], drafter._head
         drafter._head = lambda hidden: seen.append(hidden) or head(hidden)
-        drafter.redraft(torch.tensor([6]), torch.tensor([[3, 9, 4, 12]]), torch.tensor([[2, 0, 1]]), GAMMA)
+        drafter.redraft(torch.tensor([6]), prefixes([3, 9, 4, 12], [2, 0, 1]), GAMMA)
         assert [(hidden.shape[:2], hidden.is_contiguous()) for hidden in seen] == [((1, 3 * (GAMMA - 1)), True)]
 
     @torch.no_grad()
@@ -152,7 +168,7 @@ class TestOneDraft:
         drafter.draft(torch.tensor([6]), GAMMA)
         assert drafter.context.cache.get_seq_length() == 15
         drafter.extend(part(hidden, 15, 16), [16])
-        drafter.redraft(torch.tensor([7]), torch.tensor([[2, 3, 4, 5]]), torch.tensor([[1, 2, 3]]), GAMMA)
+        drafter.redraft(torch.tensor([7]), prefixes([2, 3, 4, 5], [1, 2, 3]), GAMMA)
         assert drafter.context.cache.get_seq_length() == 16
 
 
@@ -178,12 +194,12 @@ def test_a_context_that_grew_by_cycles_equals_a_fresh_forward(kind, seed):
         if torch.rand((), generator=generator) < 0.5:
             draft = drafter.draft(torch.tensor([6]), GAMMA)
             logits = alone(model, masked(model, [6]), hidden, range(known))
-            assert_reads(draft.tokens[0, 0], draft.confidence[0, 0], logits)
+            assert_reads(draft.best[0, 0], draft.best_confidence[0, 0], logits)
         else:
-            branches = drafter.redraft(torch.tensor([6]), torch.tensor([[4, 5, 9, 8]]), torch.tensor([[3, 1]]), GAMMA)
+            branches = drafter.redraft(torch.tensor([6]), prefixes([4, 5, 9, 8], [3, 1]), GAMMA)
             for row, visible in enumerate(([6, 4, 5, 9], [6, 4])):
                 logits = alone(model, masked(model, visible), hidden, range(known))
-                assert_reads(branches.tokens[0, row], branches.confidence[0, row], logits)
+                assert_branch(branches, row, logits, visible[1:])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "packed", "sdpa", "eager"])
@@ -195,10 +211,10 @@ def test_every_backend_shows_causal_blocks_earlier_tokens_alone(kind, backend, p
     drafter = Drafter(model, tiny_target(), backend=backend)
     for known in (2, 9, 30):
         drafter.extend(part(hidden, position_of(drafter), known), [known])
-        branches = drafter.redraft(torch.tensor([6]), torch.tensor([[4, 5, 9, 8]]), torch.tensor([[3, 1]]), GAMMA)
+        branches = drafter.redraft(torch.tensor([6]), prefixes([4, 5, 9, 8], [3, 1]), GAMMA)
         for row, visible in enumerate(([6, 4, 5, 9], [6, 4])):
             logits = alone(model, masked(model, visible), hidden, range(known))
-            assert_reads(branches.tokens[0, row], branches.confidence[0, row], logits)
+            assert_branch(branches, row, logits, visible[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,9 +274,9 @@ class TestPrunedVocabulary:
                 draft = drafter.draft(torch.tensor([6]), GAMMA)
                 restricted = alone(model, masked(model, [6]), hidden, range(known), target=target)[:, PRUNED]
                 best = restricted.softmax(-1).max(-1)
-                assert draft.tokens[0, 0].tolist() == [PRUNED[i] for i in best.indices]
-                torch.testing.assert_close(draft.confidence[0, 0], best.values, atol=1e-5, rtol=1e-5)
-                drafted.update(draft.tokens[0, 0].tolist())
+                assert draft.best[0, 0].tolist() == [PRUNED[i] for i in best.indices]
+                torch.testing.assert_close(draft.best_confidence[0, 0], best.values, atol=1e-5, rtol=1e-5)
+                drafted.update(draft.best[0, 0].tolist())
         assert len(drafted) > 3, "the map is hardly tested by few tokens"
 
     @torch.no_grad()
@@ -272,7 +288,9 @@ class TestPrunedVocabulary:
             drafter.extend(part(hidden, 0, 10), [10])
             draft = drafter.draft(torch.tensor([6]), GAMMA)
             restricted = alone(model, masked(model, [6]), hidden, range(10), target=target)[:, PRUNED]
-            torch.testing.assert_close(draft.confidence[0, 0], restricted.softmax(-1).amax(-1), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                draft.best_confidence[0, 0], restricted.softmax(-1).amax(-1), atol=1e-5, rtol=1e-5
+            )
 
     def test_a_target_that_changes_its_dtype_has_its_rows_gathered_anew(self):
         model, head = pruned_drafter(), target_with_head(False, True).get_output_embeddings().bfloat16()
@@ -309,7 +327,7 @@ class TestContext:
         drafter.extend(part(others, cut, 28), [28])
         mixed = tuple(torch.cat([a[:, :cut], b[:, cut:]], dim=1) for a, b in zip(hidden, others))
         draft = drafter.draft(torch.tensor([6]), GAMMA)
-        assert_reads(draft.tokens[0, 0], draft.confidence[0, 0], alone(model, masked(model, [6]), mixed, range(28)))
+        assert_reads(draft.best[0, 0], draft.best_confidence[0, 0], alone(model, masked(model, [6]), mixed, range(28)))
 
     @torch.no_grad()
     def test_cut_beyond_the_end_changes_nothing(self):
@@ -319,7 +337,9 @@ class TestContext:
         drafter.context.cut(25)
         assert drafter.context.positions == [20]
         draft = drafter.draft(torch.tensor([6]), GAMMA)
-        assert_reads(draft.tokens[0, 0], draft.confidence[0, 0], alone(model, masked(model, [6]), hidden, range(20)))
+        assert_reads(
+            draft.best[0, 0], draft.best_confidence[0, 0], alone(model, masked(model, [6]), hidden, range(20))
+        )
 
     @pytest.mark.parametrize("drafted_before", [True, False])
     @pytest.mark.parametrize("kind", KINDS)
@@ -336,7 +356,7 @@ class TestContext:
             drafter.extend(part(hidden, position_of(drafter), known), [known]) if known > 30 else None
             draft = drafter.draft(torch.tensor([6]), GAMMA)
             logits = alone(model, masked(model, [6]), hidden, range(25, known))
-            assert_reads(draft.tokens[0, 0], draft.confidence[0, 0], logits)
+            assert_reads(draft.best[0, 0], draft.best_confidence[0, 0], logits)
 
     @torch.no_grad()
     def test_cut_to_before_a_gap_leaves_nothing(self):
@@ -349,7 +369,7 @@ class TestContext:
         drafter.extend(part(hidden, 25, 29), [29])
         draft = drafter.draft(torch.tensor([6]), GAMMA)
         assert_reads(
-            draft.tokens[0, 0], draft.confidence[0, 0], alone(model, masked(model, [6]), hidden, range(25, 29))
+            draft.best[0, 0], draft.best_confidence[0, 0], alone(model, masked(model, [6]), hidden, range(25, 29))
         )
 
 
@@ -373,8 +393,8 @@ class TestLowPrecision:
         drafter.extend(part(hidden, 0, 20), [20])
         draft = drafter.draft(torch.tensor([6]), GAMMA)
         expected = alone(model, masked(model, [6]), hidden, range(20)).softmax(-1)
-        given = expected.gather(-1, draft.tokens[0, 0][:, None]).squeeze(-1)
-        torch.testing.assert_close(draft.confidence[0, 0], given, atol=0.05, rtol=0.1)
+        given = expected.gather(-1, draft.best[0, 0][:, None]).squeeze(-1)
+        torch.testing.assert_close(draft.best_confidence[0, 0], given, atol=0.05, rtol=0.1)
         assert draft.confidence.dtype == torch.float32
 
     def test_float32_drafters_serve_a_bfloat16_target(self):
@@ -422,11 +442,11 @@ class TestNativeParity:
     def ours(self, patch, target, pair, truth):
         seen, stock = [], Drafter.draft
 
-        def draft(drafter, anchor, block_size):
-            draft = stock(drafter, anchor, block_size)
+        def draft(drafter, anchor, block_size, width):
+            draft = stock(drafter, anchor, block_size, width)
             start = position_of(drafter) + 1
-            seen.append((start, draft.tokens[0, 0].tolist(), draft.confidence[0, 0].tolist()))
-            draft.tokens[0, 0] = self.patched(draft.tokens[0, 0], start, truth)
+            seen.append((start, draft.best[0, 0].tolist(), draft.best_confidence[0, 0].tolist()))
+            draft.best[0, 0] = self.patched(draft.best[0, 0], start, truth)
             return draft
 
         patch.setattr(Drafter, "draft", draft)

@@ -2,20 +2,24 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as tf
 from words import save_word_target
 
 from hf_d2sd import D2SDAssistant
-from hf_d2sd.training.distill import DistillOptions, distill
-from hf_d2sd.training.shards import read_rows
+from hf_d2sd.training.distill import DistillOptions, count, distill
+from hf_d2sd.training.shards import Row, read_rows, read_shard, shard_paths, write_shard
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "train_smollm2.sh"
+TEXT = ROOT / "examples" / "smollm2_text"
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -92,6 +96,35 @@ class TestPromptsAboutCode:
         assert prompts and not any("word" in prompt for prompt in prompts)
 
 
+class TestTheTextOfSmollm2:
+    def test_is_what_its_table_counts_in_one_shard_a_folder(self):
+        page = (TEXT / "README.md").read_text(encoding="utf-8")
+        table = re.findall(r"^\| `(\w+)/` \|.*\| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$", page, re.M)
+        assert {folder for folder, *_ in table} == {path.name for path in TEXT.iterdir() if path.is_dir()}
+        for folder, *counts in table:
+            rows, prompt_tokens, response_tokens = (int(number.replace(",", "")) for number in counts)
+            assert count(TEXT / folder) == {
+                "shards": 1,
+                "rows": rows,
+                "prompt_tokens": prompt_tokens,
+                "response_tokens": response_tokens,
+            }
+
+    def test_is_cut_into_small_shards_where_it_is_trained_on(self, tmp_path):
+        """With rows of a kind; the script then ends, since there is no target."""
+        rows = [Row(torch.arange(i % 7 + 2), 1) for i in range(300)]
+        source, out = tmp_path / "source" / "text", tmp_path / "out"
+        source.mkdir(parents=True)
+        (out / "target").mkdir(parents=True)
+        write_shard(source / "rows-00000.safetensors", rows)
+        environment = {**os.environ, "PYTHON": sys.executable, "TEXT": str(source.parent), "PARTS": "text"}
+        for _ in range(2):  # a second call finds them there
+            subprocess.run([SCRIPT, out], env=environment, capture_output=True, check=False)
+            assert [len(read_shard(path)) for path in shard_paths(out / "text")] == [128, 128, 44]
+            there = [(row.tokens.tolist(), row.prompt_length) for row in read_rows(out / "text")]
+            assert there == [(row.tokens.tolist(), row.prompt_length) for row in rows]
+
+
 @pytest.mark.slow
 def test_the_script_for_smollm2_makes_a_pair_and_goes_on_where_it_stopped(tmp_path):
     """All stages on the real target, with a few rows and steps; the first call stops in the text."""
@@ -101,7 +134,7 @@ def test_the_script_for_smollm2_makes_a_pair_and_goes_on_where_it_stopped(tmp_pa
     whole, further, second = (tmp_path / name for name in ("whole", "further", "second"))
 
     def train(out: Path, **variables: object) -> subprocess.CompletedProcess:
-        command = [str(ROOT / "examples" / "train_smollm2.sh"), str(out)]
+        command = [str(SCRIPT), str(out)]
         variables = {name: str(value) for name, value in variables.items()}
         return subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, check=False)
 

@@ -6,20 +6,39 @@ import math
 import pytest
 import torch
 
-from hf_d2sd.expansion import Guesses, Paths, count_nodes, expand, likeliest_paths
-from hf_d2sd.tree import FROM_FIRST, FROM_SECOND
+from hf_d2sd.candidates import Draft, count_nodes, likeliest_prefixes
+from hf_d2sd.candidates import expand as candidates_of
+from hf_d2sd.tree import FROM_FIRST, FROM_SECOND, CandidateTree
 
 
-def random_guesses(seed: int, rows: int, drafts: int, depth: int, width: int, vocab: int = 9) -> Guesses:
+def random_guesses(seed: int, rows: int, drafts: int, depth: int, width: int, vocab: int = 9) -> Draft:
     """Distinct tokens at each position, with probabilities that fall and sum to less than one."""
     generator = torch.Generator().manual_seed(seed)
     shape = rows, drafts, depth
     tokens = torch.rand(*shape, vocab, generator=generator).argsort(-1)[..., :width]
     logits = 3 * torch.randn(*shape, vocab, generator=generator, dtype=torch.float64)
-    return Guesses(tokens, logits.log_softmax(-1).sort(-1, descending=True).values[..., :width].float())
+    return draft_of(tokens, logits.log_softmax(-1).sort(-1, descending=True).values[..., :width].float())
 
 
-def all_paths(guesses: Guesses, row: int, redrafted: list[tuple] = (), max_depth: int | None = None) -> dict:
+def draft_of(tokens, log_probs) -> Draft:
+    return Draft(tokens, log_probs.exp(), log_probs, tokens.new_zeros(tokens.shape[:2]))
+
+
+def after(guesses: Draft, prefixes: Draft) -> Draft:
+    """The same drafts, of which those after the first go on from prefixes."""
+    first, rest = (
+        draft_of(guesses.tokens[:, part], guesses.log_probs[:, part]) for part in (slice(1), slice(1, None))
+    )
+    return first.followed_by(rest.after(prefixes))
+
+
+def expand(anchors, guesses: Draft, prefixes: Draft | None = None, *, budget: int, max_depth=None) -> CandidateTree:
+    guesses = guesses if prefixes is None else after(guesses, prefixes)
+    candidates = candidates_of(guesses, budget)
+    return CandidateTree.from_candidates(anchors, candidates, budget=budget, max_depth=max_depth, fixed_size=True)
+
+
+def all_paths(guesses: Draft, row: int, redrafted: list[tuple] = (), max_depth: int | None = None) -> dict:
     """Every path's log probability, by definition: each token's by the draft of the longest re-drafted path above."""
     depth, width = guesses.tokens.shape[2:]
     found = {}
@@ -68,11 +87,11 @@ def test_the_nodes_are_the_likeliest_of_all_paths(seed, budget):
 @pytest.mark.parametrize("budget", [3, 9, 30])
 def test_below_a_redrafted_path_its_own_draft_counts(seed, budget):
     guesses = random_guesses(seed, rows=2, drafts=4, depth=4, width=3)
-    first = Guesses(guesses.tokens[:, :1], guesses.log_probs[:, :1])
-    redrafted = likeliest_paths(ANCHORS, first, count=3, longest=3)
+    first = draft_of(guesses.tokens[:, :1], guesses.log_probs[:, :1])
+    redrafted = likeliest_prefixes(ANCHORS, first, count=3, longest=3)
     tree = expand(ANCHORS, guesses, redrafted, budget=budget)
     for row in range(2):
-        named = [tuple(t[:n]) for t, n in zip(redrafted.tokens[row].tolist(), redrafted.lengths[row].tolist())]
+        named = [tuple(t[:n]) for t, n in zip(redrafted.best[row].tolist(), redrafted.kept[row].tolist())]
         every = all_paths(guesses, row, named)
         nodes = paths_of(tree, row)
         assert set(nodes) == set(sorted(every, key=every.get, reverse=True)[: budget - 1])
@@ -85,11 +104,11 @@ def test_below_a_redrafted_path_its_own_draft_counts(seed, budget):
 
 def test_the_likeliest_paths_are_those_of_the_first_draft_alone():
     guesses = random_guesses(3, rows=2, drafts=1, depth=5, width=4)
-    paths = likeliest_paths(ANCHORS, guesses, count=6, longest=2)
+    paths = likeliest_prefixes(ANCHORS, guesses, count=6, longest=2)
     for row in range(2):
         every = all_paths(guesses, row, max_depth=2)
         best = sorted(every, key=every.get, reverse=True)[:6]
-        found = [tuple(t[:n]) for t, n in zip(paths.tokens[row].tolist(), paths.lengths[row].tolist())]
+        found = [tuple(t[:n]) for t, n in zip(paths.best[row].tolist(), paths.kept[row].tolist())]
         assert sorted(found) == sorted(best)
 
 
@@ -116,7 +135,7 @@ def test_no_node_is_deeper_than_a_row_allows():
 
 
 def test_of_equally_likely_nodes_a_parent_comes_before_its_child():
-    guesses = Guesses(torch.arange(4).view(1, 1, 4, 1), torch.zeros(1, 1, 4, 1))  # certain all the way
+    guesses = draft_of(torch.arange(4).view(1, 1, 4, 1), torch.zeros(1, 1, 4, 1))  # certain all the way
     tree = expand(ANCHORS[:1], guesses, budget=3)
     assert tree.tokens.tolist() == [[7, 0, 1]] and tree.parents.tolist() == [[-1, 0, 1]]
 
@@ -124,7 +143,7 @@ def test_of_equally_likely_nodes_a_parent_comes_before_its_child():
 def test_a_second_draft_may_be_the_deeper_one():
     first, second = random_guesses(0, 1, 1, 2, 2), random_guesses(1, 1, 1, 4, 2)
     both = first.followed_by(second)
-    path = Paths(first.tokens[:, :, :, 0], torch.tensor([[2]]))  # all of the first block's best tokens
+    path = first.cut(torch.tensor([[2]]))  # all of the first block's best tokens
     tree = expand(ANCHORS[:1], both, path, budget=40)
     assert int(tree.depths.max()) == 4
     deepest = [p for p in paths_of(tree, 0) if len(p) > 2]

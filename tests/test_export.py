@@ -149,6 +149,24 @@ def test_either_drafter_of_a_pair_is_written_by_the_command(tmp_path, capsys):
     assert out.tolist() == tiny_target().generate(prompt(), do_sample=False, max_new_tokens=8).tolist()
 
 
+@pytest.mark.parametrize("format", ["d2sd", "muse_glimmer_assistant"])
+def test_what_is_only_read_says_so(format, tmp_path):
+    with pytest.raises(ValueError, match=f"not exported in the format '{format}', but in dflash, speculators"):
+        written(tiny_drafter(), tmp_path, format=format)
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_a_format_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no format 'gguf'; drafters are exported in dflash, speculators"):
+        written(tiny_drafter(), tmp_path, format="gguf")
+
+
+def test_the_command_offers_the_formats_that_are_written(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert "--format {dflash,speculators}" in capsys.readouterr().out
+
+
 def test_speculators_wants_a_target(tmp_path):
     with pytest.raises(ValueError, match="pass it as --target"):
         written(tiny_drafter(), tmp_path, format="speculators")

@@ -1,20 +1,28 @@
 """Drafters of other libraries load with nothing of theirs run, and compute what they compute there."""
 
+import ast
 import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from layouts import DFLASH_KEYS, SPECULATORS_KEYS, dflash, native, speculators, weights
-from safetensors.torch import load_file
-from tiny import LAYERS, VOCAB, WIDTH, prompt, tiny_target
+from layouts import DFLASH_KEYS, LAYER_KEYS, SPECULATORS_KEYS, dflash, native, speculators, weights
+from safetensors.torch import load_file, save_file
+from tiny import LAYERS, VOCAB, WIDTH, prompt, tiny_drafter, tiny_target
 from transformers import AutoModel
 from transformers.cache_utils import DFlashCache
 
-from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
+from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel, hub
+from hf_d2sd.cli import main
 from hf_d2sd.drafting import Drafter, draft_head
-from hf_d2sd.modeling import CACHE_NAME
-from hf_d2sd.modeling.formats_d2sd import drafter_shapes, translate_config
+from hf_d2sd.hub.export import ExportOptions, export
+from hf_d2sd.modeling import CACHE_NAME, formats_d2sd
+from hf_d2sd.modeling.formats_d2sd import FORMATS, Format, format_of
+from hf_d2sd.modeling.weights_d2sd import drafter_shapes
 
+ROOT = Path(__file__).parents[1]
 GAMMA, CONTEXT = 5, 9
 SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=4)
 
@@ -57,6 +65,11 @@ def output_by_rule(model, window: int | None, causal: bool) -> torch.Tensor:
 
 def load(path, **options) -> D2SDDrafterModel:
     return D2SDDrafterModel.from_pretrained(path, **options)
+
+
+def read(config: dict) -> dict:
+    """The arguments of `D2SDDrafterConfig`."""
+    return format_of(config).read(config)
 
 
 def decodes(drafter) -> bool:
@@ -221,7 +234,7 @@ class TestSpeculators:
     def test_layers_of_llama_have_llamas_defaults(self):
         layers = {**SPECULATORS_KEYS["transformer_layer_config"], "model_type": "llama"}
         del layers["rms_norm_eps"]
-        config = D2SDDrafterConfig(**translate_config(SPECULATORS_KEYS | {"transformer_layer_config": layers}))
+        config = D2SDDrafterConfig(**read(SPECULATORS_KEYS | {"transformer_layer_config": layers}))
         assert config.rms_norm_eps == 1e-6
         assert config.num_key_value_heads == 2
 
@@ -245,7 +258,7 @@ class TestPublishedConfigs:
     def test_of_a_drafter_with_windows(self):
         """z-lab/Qwen3.5-35B-A3B-DFlash: five sliding layers, then a full one; the window stands without a switch."""
         config = D2SDDrafterConfig(
-            **translate_config(
+            **read(
                 {
                     "architectures": ["DFlashDraftModel"],
                     "model_type": "qwen3",
@@ -276,7 +289,7 @@ class TestPublishedConfigs:
     def test_of_a_causal_head(self):
         """JetSpec/jetspec-Qwen3.6-35B-A3B."""
         config = D2SDDrafterConfig(
-            **translate_config(
+            **read(
                 {
                     "architectures": ["DFlashDraftModel"],
                     "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
@@ -373,7 +386,7 @@ def test_the_shapes_that_are_expected_are_those_of_the_model():
         dict(own_head=True),
         dict(own_head=True, draft_vocab_size=7, target_hidden_size=24),
     ):
-        config = D2SDDrafterConfig(**{**translate_config(DFLASH_KEYS), "model_type": "d2sd_drafter", **changes})
+        config = D2SDDrafterConfig(**{**read(DFLASH_KEYS), **changes})
         shapes = {name: tuple(tensor.shape) for name, tensor in D2SDDrafterModel(config).state_dict().items()}
         assert drafter_shapes(config) == shapes
 
@@ -395,3 +408,135 @@ def test_a_drafter_that_was_read_is_saved_in_this_librarys_layout(tmp_path):
     assert json.loads((tmp_path / "b" / "config.json").read_text())["model_type"] == "d2sd_drafter"
     assert {"draft_token_ids", "lm_head.weight"} < load_file(tmp_path / "b" / "model.safetensors").keys()
     assert torch.equal(output(load(tmp_path / "b")), output(model))
+
+
+class TrialFormat(Format):
+    """Everything under other names, and a note that is no weight."""
+
+    name, engines = "trial", "a trial engine"
+
+    def detect(self, config: dict) -> bool:
+        return config.get("trial_version") == 1
+
+    def read(self, config: dict) -> dict:
+        return {**config["body"], "block_size": config["gamma"]}
+
+    def rename(self, name: str, config) -> str | None:
+        return name.removeprefix("trial.") if name != "note" else None
+
+    def obstacles(self, config) -> list[str]:
+        return ["it has biases"] if config.attention_bias else []
+
+    def write(self, config, tensors, target):
+        body = {name: getattr(config, name) for name in ("target_layer_ids", "mask_token_id", *LAYER_KEYS)}
+        written = {"trial_version": 1, "gamma": config.block_size, "body": body, "for": target.name}
+        return written, {f"trial.{name}": tensor for name, tensor in tensors.items()} | {"note": torch.ones(1)}
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    monkeypatch.setattr(formats_d2sd, "FORMATS", (TrialFormat(), *FORMATS))
+
+
+@pytest.mark.usefixtures("trial")
+class TestALayoutMore:
+    """A class and its entry in FORMATS are all that a layout needs."""
+
+    def written(self, folder, **changes) -> Path:
+        tiny_drafter(**changes).save_pretrained(folder / "ours")
+        options = dict(model=str(folder / "ours"), out=folder / "theirs", target="org/target")
+        export(ExportOptions(format="trial", **options))
+        return folder / "theirs"
+
+    def test_is_written(self, tmp_path):
+        folder = self.written(tmp_path)
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["trial_version"], config["gamma"], config["for"]) == (1, 4, "org/target")
+        names = {f"trial.{name}" for name in tiny_drafter().state_dict()} | {"note"}
+        assert load_file(folder / "model.safetensors").keys() == names
+
+    def test_is_known_and_read(self, tmp_path):
+        model = load(self.written(tmp_path))
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in tiny_drafter().state_dict().items())
+        assert (model.config.block_size, model.config.target_layer_ids) == (4, [0, 2])
+        assert decodes(model)
+
+    def test_has_tensors_that_are_counted_and_named(self, tmp_path):
+        folder = self.written(tmp_path)
+        tensors = load_file(folder / "model.safetensors")
+        save_file({**tensors, "trial.more": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="unexpected: more"):
+            load(folder)
+
+    def test_is_no_pair(self, tmp_path):
+        with pytest.raises(ValueError, match="single drafter in another library's layout"):
+            D2SDAssistant.from_pretrained(self.written(tmp_path))
+
+    def test_says_what_it_cannot_say(self, tmp_path):
+        with pytest.raises(ValueError, match="format 'trial' cannot say this of the drafter: it has biases"):
+            self.written(tmp_path, attention_bias=True)
+
+    def test_is_a_choice_of_the_command(self, tmp_path, monkeypatch, capsys):
+        """Of a fresh module: a command's options are made once."""
+        monkeypatch.setattr(hub, "export", hub.export)
+        monkeypatch.delitem(sys.modules, "hf_d2sd.hub.export")
+        tiny_drafter().save_pretrained(tmp_path / "ours")
+        models = ["--model", str(tmp_path / "ours"), "--out", str(tmp_path / "theirs"), "--target", "org/target"]
+        main(["export", *models, "--format", "trial"])
+        assert json.loads(capsys.readouterr().out)["format"] == "trial"
+        assert load(tmp_path / "theirs").config.block_size == 4
+        with pytest.raises(SystemExit):
+            main(["export", "--help"])
+        assert "{dflash,speculators,trial}" in capsys.readouterr().out
+
+
+def compared_words(source: str) -> Iterator[tuple[str, int]]:
+    """The strings that code compares with, and looks up by, with their lines; but for those of `speculation_type`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+            if any(isinstance(part, ast.Attribute) and part.attr == "speculation_type" for part in parts):
+                continue
+        elif isinstance(node, (ast.Dict, ast.MatchValue)):
+            parts = node.keys if isinstance(node, ast.Dict) else [node.value]
+        else:
+            continue
+        for part in (part for part in parts if part is not None):
+            for constant in ast.walk(part):
+                if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
+                    yield constant.value, constant.lineno
+
+
+class TestNothingElseKnowsALayout:
+    @pytest.mark.parametrize(
+        ("source", "words"),
+        [
+            ("if layout == 'dflash': pass", ["dflash"]),
+            ("found = layout in ('speculators', 'dflash')", ["speculators", "dflash"]),
+            ("match layout:\n    case 'dflash': pass", ["dflash"]),
+            ("write = {'dflash': 1}[layout]", ["dflash"]),
+            ("if config.speculation_type != 'dflash': pass", []),
+            ("generate(speculation_type='dflash')", []),
+        ],
+    )
+    def test_comparisons_are_seen(self, source, words):
+        """Else the test below would see nothing."""
+        assert [word for word, _ in compared_words(source)] == words
+
+    def test_no_other_file_compares_with_a_layouts_name(self):
+        """In the benchmark "dflash" is the name of a strategy."""
+        names = {format.name for format in FORMATS if not format.own}
+        assert names == {"dflash", "speculators", "muse_glimmer_assistant"}
+        found = []
+        for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "modeling").glob("*.py")]:
+            forbidden = names - {"dflash"} if path.parent.name == "benchmark" else names
+            if path.name != "formats_d2sd.py":
+                words = compared_words(path.read_text(encoding="utf-8"))
+                found += [f"{path.name}:{line} {word}" for word, line in words if word in forbidden]
+        assert found == []
+
+    def test_no_other_file_names_a_layouts_class(self):
+        classes = [type(format).__name__ for format in FORMATS]
+        for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "modeling").glob("*.py")]:
+            if path.name != "formats_d2sd.py":
+                assert not [name for name in classes if name in path.read_text(encoding="utf-8")], path.name

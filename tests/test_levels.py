@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import FAMILIES, OracleDrafts, image_inputs, prompt, tiny_assistant, tiny_target
 
-from hf_d2sd.drafting import Draft, Drafter
+from hf_d2sd.candidates import Draft
+from hf_d2sd.drafting import Drafter
 from hf_d2sd.prefixes import select_deeper_prefixes
 
 NEW = 16
@@ -61,7 +62,7 @@ def test_a_third_level_goes_on_where_a_re_draft_ends(monkeypatch):
     plain = run()[0]
     shown_right = []
 
-    def right_for_one_more(drafter: Drafter, blocks: torch.Tensor) -> Draft:
+    def right_for_one_more(drafter: Drafter, blocks: torch.Tensor, width: int) -> Draft:
         start, mask = drafter.context.positions[0] + 1, drafter.model.config.mask_token_id
         truth = torch.nn.functional.pad(plain[start : start + blocks.shape[2] - 1], (0, blocks.shape[2]), value=2)
         truth = truth[: blocks.shape[2] - 1].expand(blocks[..., 1:].shape)
@@ -70,7 +71,7 @@ def test_a_third_level_goes_on_where_a_re_draft_ends(monkeypatch):
         wrong = torch.where(truth == 3, 4, 3)
         tokens = torch.where(place <= visible, truth, wrong)
         shown_right.append(visible.max().item())
-        return Draft(tokens, torch.where(place <= visible, 0.9, 0.1))
+        return Draft.of(tokens, torch.where(place <= visible, 0.9, 0.1))
 
     monkeypatch.setattr(Drafter, "_denoise", right_for_one_more)
     assistant, alpha = tiny_assistant(6), {}

@@ -9,9 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from hf_d2sd import D2SDAssistant
 from hf_d2sd.cache import TreeCache
-from hf_d2sd.decoding import DecodingOptions, grow_tree
 from hf_d2sd.drafting import Drafter
+from hf_d2sd.growing import State, grow
 from hf_d2sd.modeling import CACHE_NAME
+from hf_d2sd.options import DecodingOptions
 from hf_d2sd.target import Target
 
 CONTEXT = 32_768
@@ -36,8 +37,8 @@ def test_32k_tokens_of_context_decode_as_plain_generate_does(family, windows, mo
     contexts, stock = [], Drafter._denoise
     OracleDrafts(monkeypatch, plain.sequences[0], 0.7)
 
-    def denoise(drafter, blocks):
-        draft = stock(drafter, blocks)
+    def denoise(drafter, blocks, width):
+        draft = stock(drafter, blocks, width)
         contexts.append((drafter.context.cache.lengths, drafter.context.positions))
         return draft
 
@@ -102,10 +103,10 @@ def peak_of_a_cycle(family: str, context: int, backend: str | None) -> int:
     options = DecodingOptions(num_branches=4, tree_budget=None, block_size=4, second_block_size=6)
 
     def cycle():
-        tree = grow_tree(torch.tensor([5]), drafters, options, None)
+        tree = grow(State(torch.tensor([5]), drafters, options))
         step = target.verify(tree)
         path = torch.tensor([[0, 1]])
-        target.commit(path, [2])
+        target.commit(step, path, [2])
         for drafter in drafters:
             drafter.extend(step, target.positions, path, [2])
 

@@ -120,8 +120,8 @@ def test_a_pruned_vocabulary_drafts_with_the_quantized_heads_rows(quantized):
         features = torch.cat([hidden_states[i + 1] for i in model.config.target_layer_ids], dim=-1)
         hidden = model(quantized.get_input_embeddings()(block), features).last_hidden_state[:, 1:]
         share = quantized.lm_head(hidden)[..., PRUNED].softmax(-1)
-        assert set(draft.tokens[0, 0].tolist()) <= set(PRUNED)
-        chosen = torch.tensor([[PRUNED.index(token) for token in draft.tokens[0, 0]]])
+        assert set(draft.best[0, 0].tolist()) <= set(PRUNED)
+        chosen = torch.tensor([[PRUNED.index(token) for token in draft.best[0, 0]]])
         # Near enough: a format may compute one row for another batch of rows with other rounding.
         torch.testing.assert_close(share.gather(-1, chosen[..., None])[..., 0], share.amax(-1), atol=0.02, rtol=0.02)
-        torch.testing.assert_close(draft.confidence[0], share.amax(-1), atol=0.02, rtol=0.02)
+        torch.testing.assert_close(draft.best_confidence[0], share.amax(-1), atol=0.02, rtol=0.02)

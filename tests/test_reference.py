@@ -10,11 +10,12 @@ from transformers import PreTrainedConfig
 
 import hf_d2sd
 from hf_d2sd.benchmark.options import BenchOptions
-from hf_d2sd.integration import _OPTIONS
+from hf_d2sd.options import markdown_table, option_fields
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
+TOP = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*TOP, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 
 
 def is_named(name: str) -> bool:
@@ -27,8 +28,13 @@ def test_every_public_name_stands_there():
 
 def test_every_option_has_a_row_with_its_default():
     rows = dict(re.findall(r"^\| `(d2sd_\w+)` \| (.+) \|$", REFERENCE, re.M))
-    assert set(rows) == set(_OPTIONS)
+    assert set(rows) == {f"d2sd_{option.name}" for option in option_fields()}
     assert all(row.count(" | ") == 2 and all(cell.strip() for cell in row.split(" | ")) for row in rows.values())
+
+
+def test_the_table_of_options_is_made_from_their_declarations():
+    """`python -c 'from hf_d2sd.options import markdown_table; print(markdown_table())'` prints it anew."""
+    assert markdown_table() in REFERENCE
 
 
 @pytest.mark.parametrize("owner", [hf_d2sd.D2SDStats, hf_d2sd.Cycle])
@@ -71,7 +77,8 @@ def test_scripts_and_targets_that_pages_name_are_there(page):
 
 def test_pages_name_some_commands():
     """Else the test above would see nothing."""
-    assert len(commands(ROOT / "README.md")) > 4
+    assert len(commands(ROOT / "README.md")) > 2 and len(commands(ROOT / "docs" / "results.md")) > 3
+    assert sum(len(commands(page)) for page in PAGES) > 35
 
 
 def test_pre_commit_runs_the_ruff_of_the_project():

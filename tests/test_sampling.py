@@ -24,8 +24,11 @@ from transformers import (
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel, decoding
 from hf_d2sd.cache import TreeCache
 from hf_d2sd.choosing import Chooser, Choosers
-from hf_d2sd.decoding import DecodingOptions, decode, grow_tree
+from hf_d2sd.decoding import Batch, decode
 from hf_d2sd.drafting import Drafter
+from hf_d2sd.growing import State, grow
+from hf_d2sd.observing import Observer
+from hf_d2sd.options import DecodingOptions
 from hf_d2sd.stats import D2SDStats
 from hf_d2sd.target import Target, TargetPass
 
@@ -125,7 +128,7 @@ class Replay:
         self.processors, self.known = LogitsProcessorList(processors), {}
         self.options = DecodingOptions(num_branches=3, tree_budget=None, block_size=4, second_block_size=5)
         self.device, self.positions, self.stats = torch.device("cpu"), [PROMPT.shape[1]], D2SDStats()
-        monkeypatch.setattr(decoding, "grow_tree", lambda *args: self.look_up()[0])
+        monkeypatch.setattr(decoding, "grow", lambda state: self.look_up()[0])
         self.first_logits = self.real_target(PROMPT)[1][-1].logits
 
     def real_target(self, input_ids):
@@ -140,7 +143,7 @@ class Replay:
             drafters = [Drafter(model, target()) for model in assistant().drafters]
             for drafter in drafters:
                 drafter.extend(passes[0], real.positions)
-            tree = grow_tree(sequence[:, -1], drafters, self.options, [self.chooser.room])
+            tree = grow(State(sequence[:, -1], drafters, self.options, [self.chooser.room]))
             self.known[prefix] = tree, real.verify(tree).logits
         return self.known[prefix]
 
@@ -148,7 +151,7 @@ class Replay:
         tree, logits = self.look_up()
         return TargetPass(logits, (torch.empty(1, len(tree), 0),))
 
-    def commit(self, paths, counts):
+    def commit(self, step, paths, counts):
         pass
 
     @torch.no_grad()
@@ -158,7 +161,7 @@ class Replay:
         self.chooser = choosers.rows[0]
         self.chooser.__class__ = chooser_class
         prefilled = [TargetPass(self.first_logits, (torch.empty(1, PROMPT.shape[1], 0),))]
-        decode(self, [Blind()], choosers, self.options, self.stats, prefilled, emit=lambda tokens: None)
+        decode(Batch(self, [Blind()], choosers, self.options), prefilled, Observer(self.stats))
         return tuple(self.chooser.sequence[0, PROMPT.shape[1] :].tolist())
 
 

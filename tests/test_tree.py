@@ -2,24 +2,41 @@
 
 import math
 import random
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from hf_d2sd.tree import FROM_FIRST, FROM_SECOND, FROM_TARGET, Branches, CandidateTree
+from hf_d2sd.candidates import Draft, merge
+from hf_d2sd.tree import FROM_FIRST, FROM_SECOND, FROM_TARGET, CandidateTree
 
 ANCHOR = 7
+
+
+class Branches(NamedTuple):
+    """Re-drafts as the second drafter says them: branch k keeps `prefix_lengths[k]` tokens of the first block."""
+
+    prefix_lengths: torch.Tensor  # (K,)
+    tokens: torch.Tensor  # (K, γ₂-1), at the kept positions whatever
+    confidence: torch.Tensor  # (K, γ₂-1)
+
+
+def merged(anchors, tokens, confidence, branches=None, **options) -> CandidateTree:
+    """The trees of a batch: tokens and confidence are (B, γ-1), those of branches (B, K, γ₂-1)."""
+    first = Draft.of(tokens[:, None], confidence[:, None])
+    if branches is not None:
+        kept, *said = branches
+        branches = Draft.of(*said).after(first.cut(kept))
+    return CandidateTree.from_candidates(anchors, merge(first, branches), **options)
 
 
 def merge_one(tokens, confidence, branches=None, max_depth=None, **options) -> CandidateTree:
     """The tree of a batch of one: tokens and confidence are (γ-1,), those of branches (K, γ₂-1)."""
     if branches is not None:
-        branches = Branches(branches.prefix_lengths[None], branches.tokens[None], branches.confidence[None])
+        branches = Branches(*(field[None] for field in branches))
     if max_depth is not None:
         max_depth = torch.tensor([max_depth])
-    tree = CandidateTree.merge(
-        torch.tensor([ANCHOR]), tokens[None], confidence[None], branches, max_depth=max_depth, **options
-    )
+    tree = merged(torch.tensor([ANCHOR]), tokens[None], confidence[None], branches, max_depth=max_depth, **options)
     assert len(tree) == len(tree.row(0)), "a batch of one has no fillers"
     return tree.row(0)
 
@@ -289,11 +306,11 @@ def test_a_long_chain_sees_all_of_itself():
 def batch(cases: list[Case], **options) -> CandidateTree:
     """The cases' trees merged as one batch; all have the same shapes."""
     branches = [case.branches() for case in cases]
-    return CandidateTree.merge(
+    return merged(
         torch.full((len(cases),), ANCHOR),
         torch.tensor([case.tokens for case in cases]),
         torch.tensor([case.confidence for case in cases], dtype=torch.float64),
-        Branches(*(torch.stack([getattr(b, name) for b in branches]) for name in vars(branches[0]))),
+        Branches(*(torch.stack(fields) for fields in zip(*branches))),
         **options,
     )
 

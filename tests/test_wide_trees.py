@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import FAMILIES, image_inputs, prompt, tiny_assistant, tiny_target
+from tiny import FAMILIES, WIDTH, image_inputs, prompt, tiny_assistant, tiny_drafter, tiny_target
 
-from hf_d2sd.drafting import Draft, Drafter
+from hf_d2sd.candidates import Draft
+from hf_d2sd.drafting import Drafter
 
 NEW_TOKENS = 16
 
@@ -24,13 +25,13 @@ class OracleLogits:
         self.sequence, self.rank, self.accuracy = sequence, rank, accuracy
         self.generator = torch.Generator().manual_seed(0)
         stock = Drafter._denoise
-        monkeypatch.setattr(Drafter, "_denoise", lambda drafter, blocks: self.correct(drafter, stock(drafter, blocks)))
+        monkeypatch.setattr(Drafter, "_denoise", lambda drafter, *args: self.correct(drafter, stock(drafter, *args)))
 
     def correct(self, drafter: Drafter, draft: Draft) -> Draft:
-        width = draft.tokens.shape[-1]
+        width = draft.depth
         start = drafter.context.positions[0] + 1
         truth = self.sequence[start : start + width]
-        truth = torch.nn.functional.pad(truth, (0, width - len(truth)), value=2).expand(draft.tokens.shape)
+        truth = torch.nn.functional.pad(truth, (0, width - len(truth)), value=2).expand(draft.best.shape)
         logits = draft.logits.clone()
         place = logits.scatter(-1, truth[..., None], -torch.inf).topk(self.rank, -1).values[..., -1:]
         above = logits.scatter(-1, truth[..., None], -torch.inf).amax(-1, keepdim=True) + 3
@@ -41,9 +42,10 @@ class OracleLogits:
         right = torch.rand(truth.shape, generator=self.generator) < self.accuracy
         raised = logits.scatter(-1, truth[..., None], wanted)
         logits = torch.where(right[..., None], raised, logits)
-        best = logits.max(-1)
-        confidence = (best.values - logits.logsumexp(-1)).exp()
-        return dataclasses.replace(draft, tokens=best.indices, confidence=confidence, logits=logits)
+        best = logits.topk(draft.tokens.shape[-1])
+        log_probs = best.values - logits.logsumexp(-1, keepdim=True)
+        fields = dict(tokens=best.indices, confidence=log_probs.exp(), log_probs=log_probs, logits=logits)
+        return dataclasses.replace(draft, **fields)
 
 
 def run(family: str, seed: int, assistant, **options):
@@ -107,9 +109,12 @@ class TestSamples:
     def test_they_follow_the_draft_and_leave_the_users_generator_alone(self):
         logits = torch.randn(2, 1, 3, 5, generator=torch.Generator().manual_seed(0))
         ids = torch.tensor([3, 5, 7, 9, 11])
-        draft = Draft(torch.zeros(2, 1, 3), torch.zeros(2, 1, 3), logits, ids)
+        drafter = Drafter(tiny_drafter(draft_vocab_size=5), tiny_target())
+        drafter.model.draft_token_ids.copy_(ids)
+        draft = dataclasses.replace(Draft.of(torch.zeros(2, 1, 3).long(), torch.ones(2, 1, 3)), logits=logits)
         state = torch.get_rng_state()
-        tokens, confidence = draft.samples(4000, torch.Generator().manual_seed(0))
+        branches = drafter.sample(draft, draft.cut(torch.zeros(2, 4000).long()))
+        tokens, confidence = branches.best, branches.best_confidence
         assert torch.get_rng_state().equal(state)
         assert tokens.shape == confidence.shape == (2, 4000, 3)
         probabilities = logits[:, 0].softmax(-1)
@@ -134,11 +139,16 @@ class TestSamples:
 def test_guesses_are_the_likeliest_tokens_best_first():
     logits = torch.randn(1, 2, 3, 5, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([3, 5, 7, 9, 11])
-    guesses = Draft(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3), logits, ids).guesses(9)
+    drafter = Drafter(tiny_drafter(draft_vocab_size=5), tiny_target())
+    drafter.model.draft_token_ids.copy_(ids)
+    drafter._head = lambda hidden: logits.view(1, 6, 5)
+    blocks = torch.zeros(1, 2, 4).long()
+    guesses = drafter._read(torch.zeros(1, 8, WIDTH), torch.float32, blocks, 9)
     assert guesses.tokens.shape == (1, 2, 3, 5), "no more than there are"
     order = logits.argsort(-1, descending=True)
     assert guesses.tokens.equal(ids[order])
     torch.testing.assert_close(guesses.log_probs, logits.log_softmax(-1).gather(-1, order))
+    torch.testing.assert_close(guesses.confidence, logits.softmax(-1).gather(-1, order))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import torch
 import transformers as tf
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
-from hf_d2sd.drafting import Draft, Drafter
+from hf_d2sd.candidates import Draft
+from hf_d2sd.drafting import Drafter
 
 VOCAB, LAYERS, WIDTH, WINDOW = 24, 4, 32, 10
 IMAGE_TOKEN = 20
@@ -143,16 +144,16 @@ class OracleDrafts:
         self.sequence, self.accuracy, self.confidence = sequence, accuracy, confidence
         self.generator = torch.Generator().manual_seed(seed)
         stock = Drafter._denoise
-        monkeypatch.setattr(Drafter, "_denoise", lambda drafter, blocks: self.correct(drafter, stock(drafter, blocks)))
+        monkeypatch.setattr(Drafter, "_denoise", lambda drafter, *args: self.correct(drafter, stock(drafter, *args)))
 
     def correct(self, drafter: Drafter, draft: Draft) -> Draft:
-        shape, width = draft.tokens.shape, draft.tokens.shape[2]
+        shape, width = draft.best.shape, draft.depth
         truth = torch.stack([self.after(position, width) for position in drafter.context.positions])[:, None]
         right = torch.rand(shape, generator=self.generator) < self.accuracy
         confidence = torch.rand(shape, generator=self.generator).clamp(0.05, 0.99)
         if self.confidence is not None:
             confidence = torch.full_like(confidence, self.confidence)
-        return Draft(torch.where(right, truth, draft.tokens), confidence)
+        return Draft.of(torch.where(right, truth, draft.best), confidence)
 
     def after(self, position: int, width: int) -> torch.Tensor:
         """(width,): what follows the anchor at a position."""

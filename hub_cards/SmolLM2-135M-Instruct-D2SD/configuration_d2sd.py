@@ -3,7 +3,8 @@
 
 from transformers import PreTrainedConfig
 
-from .formats_d2sd import MAX_BLOCK_SIZE, MAX_LAYERS, OWN, check_references, layout_of, translate_config
+from .formats_d2sd import format_of
+from .weights_d2sd import MAX_BLOCK_SIZE, MAX_LAYERS, check_references
 
 FORMAT_VERSION = 1
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -22,13 +23,14 @@ class _CheckedConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if layout_of(config_dict) not in (OWN, None):
+        format = format_of(config_dict)
+        if format is not None and not format.own:
             _require(
                 cls.reads_other_layouts,
                 f"{pretrained_model_name_or_path} is a single drafter in another library's layout: load it by "
                 "D2SDAssistant.from_drafters(first), or a pair by D2SDAssistant.from_drafters(first, second).",
             )
-            config_dict = translate_config(config_dict)
+            config_dict = format.read(config_dict) | {"model_type": cls.model_type}
         check_references(pretrained_model_name_or_path, config_dict)
         model_type = config_dict.get("model_type")
         _require(
@@ -278,7 +280,7 @@ class D2SDConfig(_CheckedConfig):
 
     def _check_pair(self) -> None:
         first, second = self.first, self.second
-        if second is None:
+        if not isinstance(first, PreTrainedConfig) or not isinstance(second, PreTrainedConfig):
             return
         for name in ("vocab_size", "hidden_size", "target_hidden_size"):
             a, b = getattr(first, name), getattr(second, name)

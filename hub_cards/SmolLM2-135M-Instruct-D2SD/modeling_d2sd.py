@@ -7,37 +7,28 @@ This file is also the Hub's remote code for drafter repositories: it needs torch
 import os
 import sys
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DFlashCache
-from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
-from transformers.models.qwen3.modeling_qwen3 import (
+
+from .compat_d2sd import (
+    BaseModelOutputWithPast,
+    Cache,
+    DFlashCache,
     Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
-    eager_attention_forward,
+    attention_function,
+    block_mask,
+    drafted,
+    load_state_dict,
     rotate_half,
 )
-
 from .configuration_d2sd import D2SDConfig, D2SDDrafterConfig
-from .formats_d2sd import (
-    HUB_OPTIONS,
-    OWN,
-    check_references,
-    check_weights,
-    drafter_shapes,
-    find_weights,
-    layout_of,
-    tensor_name,
-    translate_tensors,
-)
-
-# What Transformers calls the argument and the output that hold keys and values: `cache` from 5.24 on.
-CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+from .formats_d2sd import Format, format_of
+from .weights_d2sd import HUB_OPTIONS, check_references, check_weights, drafter_shapes, find_weights
 
 
 class D2SDAttention(nn.Module):
@@ -86,8 +77,7 @@ class D2SDAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
 
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attend(
+        output, _ = attention_function(self.config)(
             self,
             query,
             key,
@@ -143,13 +133,13 @@ class D2SDPreTrainedModel(PreTrainedModel):
         path, hub = pretrained_model_name_or_path, {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         said = PreTrainedConfig.get_config_dict(path, **hub)[0]
         check_references(path, said)  # also where an Auto class has read the configuration
-        layout = layout_of(said)
+        format = format_of(said) or Format()
         config = kwargs["config"] = cls._take_config(path, hub, kwargs)
         files = find_weights(path, kwargs.get("variant"), **hub)
-        check_weights(path, files, cls.tensor_shapes(config), partial(tensor_name, layout, config=config))
-        if layout != OWN:
+        check_weights(path, files, cls.tensor_shapes(config), partial(format.rename, config=config))
+        if not format.own:
             tensors = {name: tensor for file in files for name, tensor in load_state_dict(file).items()}
-            kwargs["state_dict"] = translate_tensors(layout, tensors, config)
+            kwargs["state_dict"] = format.translate(tensors, config)
             path = None
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model.check_values(pretrained_model_name_or_path)
@@ -256,21 +246,11 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             position_ids = torch.arange(past, past + length, device=noise_embeds.device)[None]
         masks = self._masks_by_layer_type(noise_embeds, context_length, attention_mask, cache)
 
-        hidden_states = noise_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        hidden_states, position_embeddings = noise_embeds, self.rotary_emb(noise_embeds, position_ids)
         for layer, layer_type, context in zip(self.layers, self.config.layer_types, contexts):
-            hidden_states = layer(
-                hidden_states,
-                context,
-                position_embeddings=position_embeddings,
-                attention_mask=masks[layer_type],
-                cache=cache,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states),
-            **{CACHE_NAME: cache if use_cache else None},
-        )
+            shared = dict(position_embeddings=position_embeddings, attention_mask=masks[layer_type], cache=cache)
+            hidden_states = layer(hidden_states, context, **shared, **kwargs)
+        return drafted(self.norm(hidden_states), cache if use_cache else None)
 
     def _contexts(self, features: Tensor) -> list[Tensor]:
         """(B, C, H) for each layer."""
@@ -291,20 +271,11 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             # The keys are longer than the queries by the context: a DFlashCache tells the mask functions so.
             cache = DFlashCache(config=self.config)
             cache.set_previous_accepted_tokens(context_length)
-        create = {
-            "full_attention": create_bidirectional_mask,
-            "sliding_attention": create_bidirectional_sliding_window_mask,
-        }
         causal = self.config.causal_layer_types or ()
+        rules = {layer_type: _no_later_key if layer_type in causal else None for layer_type in self.config.layer_types}
         return {
-            layer_type: create[layer_type](
-                config=self.config,
-                inputs_embeds=noise_embeds,
-                attention_mask=attention_mask,
-                and_mask_function=_no_later_key if layer_type in causal else None,
-                **{CACHE_NAME: cache},
-            )
-            for layer_type in set(self.config.layer_types)
+            layer_type: block_mask(self.config, layer_type, noise_embeds, attention_mask, cache, rule)
+            for layer_type, rule in rules.items()
         }
 
 
@@ -320,11 +291,13 @@ class D2SDAssistant(D2SDPreTrainedModel):
 
     config_class = D2SDConfig
     main_input_name = "input_ids"
+    is_d2sd_assistant = True  # by which the dispatch that `import hf_d2sd` installs in `generate` knows it
 
     def __init__(self, config: D2SDConfig):
         super().__init__(config)
-        self.first = D2SDDrafterModel(config.first)
-        self.second = D2SDDrafterModel(config.second) if config.second is not None else None
+        first, second = cast("tuple[D2SDDrafterConfig, D2SDDrafterConfig | None]", (config.first, config.second))
+        self.first = D2SDDrafterModel(first)
+        self.second = D2SDDrafterModel(second) if second is not None else None
         self.last_stats = None
         self.compile_options: dict | None = None
         self.post_init()
@@ -391,8 +364,8 @@ class D2SDAssistant(D2SDPreTrainedModel):
         self, save_directory: str | os.PathLike, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
     ) -> None:
         """As `PreTrainedModel.save_pretrained`, and `custom_generate/`, by which a target decodes with this pair."""
-        upload = "commit_message commit_description private create_pr revision tags".split()
-        upload = {name: kwargs.pop(name) for name in upload if name in kwargs}
+        of_upload = "commit_message commit_description private create_pr revision tags".split()
+        upload = {name: kwargs.pop(name) for name in of_upload if name in kwargs}
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
@@ -428,14 +401,6 @@ class D2SDAssistant(D2SDPreTrainedModel):
 
     def forward(self, *args, **kwargs):
         return self.generate(*args, **kwargs)
-
-    def _d2sd_assisted_decode(self, target: PreTrainedModel, input_ids: Tensor, *args, **kwargs):
-        """Called by the dispatch that `import hf_d2sd` installs in `GenerationMixin`."""
-        try:
-            from hf_d2sd.integration import assisted_decode
-        except ImportError as error:  # and Transformers asks of remote code only for imports outside of a `try`
-            raise ImportError(_ENGINE_MISSING) from error
-        return assisted_decode(self, target, input_ids, *args, **kwargs)
 
 
 CUSTOM_GENERATE = {

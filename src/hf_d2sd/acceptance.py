@@ -1,39 +1,48 @@
-"""The walk: which drafted nodes the target's own choices lead through."""
+"""How drafted tokens are accepted: each policy is one function of a row's tree and of what chooses its tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .tree import HostTree
 
-def walk(
-    tokens: Sequence[int],
-    parents: Sequence[int],
-    choose: Callable[[int], int],
-    is_finished: Callable[[], bool],
-) -> tuple[list[int], list[int]]:
+
+class Choice(Protocol):
+    """The target's choice of each token, as a policy sees it."""
+
+    def choose(self, node: int) -> int:
+        """The target's token at a node, which is with that the row's next one."""
+
+    def is_finished(self) -> bool:
+        """Whether the row ends with the token that was chosen last."""
+
+
+def walk(tree: HostTree, choice: Choice) -> tuple[list[int], list[int]]:
     """Follow the target's choices from the anchor for as long as the tree holds the chosen token.
 
     Lossless by construction: each emitted token is the target's choice given exactly the tokens before it, and no
     draft probability enters.
 
     Args:
-        tokens, parents: N entries each, the nodes of a `CandidateTree`; siblings carry distinct tokens.
-        choose: called once for each node on the path, in order, with the node's index; returns the target's token.
-        is_finished: asked after each choice; the walk ends where generation does.
+        tree: siblings carry distinct tokens.
+        choice: asked for a token once for each node on the path, in order; the walk ends where generation does.
 
     Returns:
         The path (A,), node indices from the anchor on, and the emitted tokens (A,): the last is the bonus, which no
         node on the path carries. Afterwards the target's cache must hold exactly the path.
     """
-    child = {(parent, token): node for node, (parent, token) in enumerate(zip(parents, tokens))}
-    path, emitted, node = [], [], 0
-    while node is not None:
-        token = choose(node)
-        path.append(node)
-        emitted.append(token)
-        node = None if is_finished() else child.get((node, token))
+    child = {(parent, token): node for node, (parent, token) in enumerate(zip(tree.parents, tree.tokens))}
+    path, emitted = [0], [choice.choose(0)]
+    while not choice.is_finished() and (path[-1], emitted[-1]) in child:
+        path.append(child[path[-1], emitted[-1]])
+        emitted.append(choice.choose(path[-1]))
     return path, emitted
+
+
+# By name, what `d2sd_acceptance` chooses among. A policy returns a path and the tokens emitted for it, as `walk` does.
+POLICIES: dict[str, Callable[[HostTree, Choice], tuple[list[int], list[int]]]] = {"walk": walk}
 
 
 def greedy_paths(

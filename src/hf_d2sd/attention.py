@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from .cache import TreeCache, TreeLayer, layer_windows
-from .kernels import CPU, KERNELS, Facts, Kernel, tokens_of
+from .cache import Place, TreeCache, TreeLayer, layer_windows
+from .compat import attention_within, register_attention
+from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Scoring, tokens_of
 from .tree import CandidateTree, Chains
 
 logger = logging.get_logger(__name__)
@@ -114,10 +114,10 @@ class TreePlan:
         return self.elsewhere[layer_type, device]
 
 
-_active: list[TreePlan | None] = [None]  # of the pass that runs
+_active: list[object] = [None]  # of the pass that runs
 
 
-def _current_plan(*args, **kwargs) -> TreePlan | None:
+def _current_plan(*args, **kwargs) -> object:
     """As Transformers' mask function of this attention: what every layer gets as its attention mask."""
     return _active[0]
 
@@ -128,14 +128,10 @@ def _attend(
     key: Tensor,  # (B, Hk, keys, D): stored ones, at the end the nodes' own
     value: Tensor,
     attention_mask: TreePlan,
-    scaling: float | None = None,
-    s_aux: Tensor | None = None,
-    softcap: float | None = None,
-    **kwargs,
+    **options,  # scaling, softcap, and attention sinks: s_aux (Hq,)
 ) -> tuple[Tensor, None]:
-    """As Transformers' attention function of this name; `s_aux` (Hq,) are attention sinks."""
-    plan = attention_mask.of_layer(module.layer_idx, query.device)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    """As Transformers' attention function of this name."""
+    plan, scaling = attention_mask.of_layer(module.layer_idx, query.device), options.get("scaling")
     call = _cascade_op if torch.compiler.is_compiling() else cascade
     output = call(
         query,
@@ -146,10 +142,10 @@ def _attend(
         plan.mask,
         plan.prefix,
         plan.segments,
-        s_aux,
+        options.get("s_aux"),
         attention_mask.kernel.name,
-        scaling,
-        softcap or 0.0,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        options.get("softcap") or 0.0,
         plan.longest,
         plan.deepest,
         plan.causal,
@@ -177,19 +173,22 @@ def cascade(
     has_prefix: bool,
 ) -> Tensor:
     """Attention of the nodes to the prefix and to each other, (B, N, Hq, D). For arguments see `LayerPlan`."""
-    run = KERNELS[kernel]
+    run, scoring = KERNELS[kernel], Scoring(scaling, softcap)
     num_nodes = query.shape[2]
     nodes = slice(key.shape[2] - num_nodes, None)
     if mask is None:
-        own = (states[:, :, nodes] for states in (key, value))
-        out, lse = _over_segments(run, query, *own, segments, deepest, causal, scaling, softcap)
+        own_key, own_value = (states[:, :, nodes] for states in (key, value))
+        order, query_starts, keys, key_starts = segments
+        packing = Packing(query_starts, key_starts, deepest + 1, deepest + 1, causal)
+        out, lse = _over_segments(run, query, own_key, own_value, (order, keys), packing, scoring)
     else:
         every = edge is None and mask.shape[-1] == key.shape[2]
-        few = [states if every else _with_edge(states, nodes, edge) for states in (key, value)]
-        out, lse = run.masked(query, *few, mask, scaling, softcap)
+        few_key, few_value = (states if every else _with_edge(states, nodes, edge) for states in (key, value))
+        out, lse = run.masked(query, few_key, few_value, mask, scoring)
     if has_prefix:
-        over_prefix = run.over_prefix(query, key, value, bounds, prefix, longest, scaling, softcap)
-        out, lse = merge(out, lse, *over_prefix, needs_lse=sinks is not None)
+        packed = Packing(prefix[0], prefix[1], num_nodes, longest) if prefix else None
+        prefix_out, prefix_lse = run.over_prefix(query, key, value, bounds, packed, scoring)
+        out, lse = merge(out, lse, prefix_out, prefix_lse, needs_lse=sinks is not None)
     if sinks is not None:
         out = out * torch.sigmoid(lse - sinks[:, None])[..., None].to(out.dtype)
     return out.transpose(1, 2).contiguous()
@@ -214,15 +213,19 @@ def _with_edge(states: Tensor, nodes: slice, edge: Tensor | None) -> Tensor:
     return torch.cat([states.gather(2, index), own], dim=2)
 
 
-def _over_segments(run, query, key, value, segments, deepest, causal, scaling, softcap) -> tuple[Tensor, Tensor]:
-    """The small part as packed sequences: chains, causal and aligned at the end, or blocks in both directions."""
-    order, query_starts, keys, key_starts = segments
-    packed = (tokens_of(states)[keys] for states in (key, value))
+def _over_segments(
+    run: Kernel, query, key, value, places, packing: Packing, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """The small part as packed sequences: chains, causal and aligned at the end, or blocks in both directions.
+
+    Args:
+        places: which queries, and which keys, stand behind each other: `order` and `keys` of `Chains`.
+    """
+    order, keys = places
+    packed_key, packed_value = (tokens_of(states)[keys] for states in (key, value))
     rows, heads, num_nodes, width = query.shape
     queries = query.transpose(1, 2).reshape(-1, heads, width)[order]
-    out, lse = run.varlen(
-        queries, *packed, query_starts, key_starts, deepest + 1, deepest + 1, causal, scaling, softcap
-    )
+    out, lse = run.varlen(queries, packed_key, packed_value, packing, scoring)
     out = torch.empty_like(out).index_copy_(0, order, out).view(rows, num_nodes, heads, width)
     lse = torch.empty_like(lse).index_copy_(1, order, lse).view(heads, rows, num_nodes)
     return out.transpose(1, 2), lse.transpose(0, 1)
@@ -241,8 +244,7 @@ def _(query, *args, **kwargs):
     return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
 
 
-AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, _current_plan)
+register_attention(NAME, _attend, _current_plan)
 
 
 @dataclass(frozen=True)
@@ -280,35 +282,34 @@ class TreeAttention:
     @contextlib.contextmanager
     def active(self, plan: object = None):
         """Within, the model's forward uses this attention; afterwards its own again, also after an error."""
-        own, before = self.text_config._attn_implementation_internal, _active[0]
-        try:
-            self.text_config._attn_implementation_internal = self.implementation
-            _active[0] = plan
-            yield
-        finally:
-            self.text_config._attn_implementation_internal, _active[0] = own, before
+        before = _active[0]
+        with attention_within(self.text_config, self.implementation):
+            try:
+                _active[0] = plan
+                yield
+            finally:
+                _active[0] = before
 
-    def prepare(self, nodes: Nodes, cache: TreeCache, starts: dict[str, int], lengths: dict[str, list[int]], dtype):
+    def prepare(
+        self, nodes: Nodes, cache: TreeCache, places: dict[str, Place], dtype
+    ) -> "TreePlan | dict[str, Tensor]":
         """The plan of a pass, or its masks by layer type.
 
         Args:
             cache: whose layers will append the N nodes, or place them.
-            starts: by layer type, the slot of the first node; it is `lengths` alone that says which keys count.
-            lengths: by layer type, how many stored keys each row has.
+            places: by layer type, where the nodes are going to stand.
             dtype: of the activations; an additive mask is made in it.
         """
         layers = cache.by_type()
         seen = {name: nodes.causal if name in self.causal_types else nodes for name in self.windows}
         if self.kernel is None:
             return {
-                name: self.as_mask(tree_mask(seen[name], lengths[name], starts[name], layers[name], window), dtype)
+                name: self.as_mask(tree_mask(seen[name], places[name], layers[name], window), dtype)
                 for name, window in self.windows.items()
             }
         segments = list(vars(nodes.segments()).values()) if self.kernel.packs else []
         plans = {
-            name: plan_layer(
-                self.kernel, seen[name], segments, lengths[name], starts[name], layers[name], window, dtype
-            )
+            name: plan_layer(self.kernel, seen[name], segments, places[name], layers[name], window, dtype)
             for name, window in self.windows.items()
         }
         return TreePlan(self.kernel, cache.layer_types, plans)
@@ -365,8 +366,7 @@ def plan_layer(
     kernel: Kernel,
     nodes: Nodes,
     segments: list[Tensor],
-    lengths: list[int],
-    start: int,
+    place: Place,
     layer: TreeLayer,
     window: int | None,
     dtype: torch.dtype,
@@ -374,40 +374,48 @@ def plan_layer(
     """Which of a layer's stored keys all nodes see, which only some, and what they see of each other.
 
     Args:
-        lengths: of each row; the stored key i stands len - i positions before the anchor.
-        start: slot of the first node.
+        place: where the nodes stand; of a row with len stored keys, key i stands len - i positions before the anchor.
         window: a node sees positions nearer than this; `None` for all.
     """
     device, deepest = nodes.depths.device, nodes.max_depth
-    ends = torch.tensor(lengths, device=device)
-    narrow = window is not None and (layer.fixed is not None or max(lengths) + deepest >= window)
+    ends, longest = torch.tensor(place.lengths, device=device), layer.bound(place.lengths)
+    narrow = window is not None and longest + deepest >= window
     starts, edge, mask = torch.zeros_like(ends), None, None
-    first = layer.first_handed_out
-    few = not kernel.packs and layer.fixed is None and start + len(nodes) - first <= SHORT
+    first, end = layer.first_handed_out, place.start + len(nodes)
+    few = not kernel.packs and end - first <= SHORT
     if few:
-        mask = additive(tree_mask(nodes, lengths, start, layer, window), dtype)[:, None]
-    elif narrow:
-        # Key i is seen from depth d if len - i + d < window: by all nodes from len + deepest - window + 1 on.
-        starts = torch.minimum((ends + deepest - window + 1).clamp(min=0), ends)
-        edge = starts[:, None] - 1 - torch.arange(min(deepest, window - 1), device=device)  # (B, E)
-        distance = (ends[:, None] - edge)[:, None] + nodes.depths[..., None]  # (B, N, E)
-        seen = torch.cat([(distance < window) & (edge >= 0)[:, None], _near(nodes, window)], dim=2)
+        mask = additive(tree_mask(nodes, place, layer, window), dtype)[:, None]
+    elif window is not None and narrow:
+        starts, edge, seen = _at_the_edge(nodes, ends, window)
         edge, mask = (edge - first).clamp(min=0), additive(seen, dtype)[:, None]
     elif not kernel.packs:
-        mask = additive(nodes.visible if len(lengths) > 1 else nodes.visible[:1], dtype)[:, None]
+        mask = additive(nodes.visible if len(ends) > 1 else nodes.visible[:1], dtype)[:, None]
     bounds = (torch.stack([starts, ends], dim=1) - first).clamp(min=0)
-    spacing = layer.row_spacing(start + len(nodes))
     return LayerPlan(
         bounds=bounds,
         edge=edge,
         mask=mask,
-        prefix=_pack_prefix(bounds, len(nodes), spacing) if kernel.packs else [],
+        prefix=_pack_prefix(bounds, len(nodes), layer.row_spacing(end)) if kernel.packs else [],
         segments=[] if mask is not None else segments,
-        longest=max(lengths) if layer.fixed is None else start,
+        longest=longest,
         deepest=deepest,
         causal=nodes.block_size is None or nodes.one_sided,
-        has_prefix=not few and max(lengths) > 0 and (not narrow or deepest + 1 < window),
+        has_prefix=not few and max(place.lengths) > 0 and (window is None or not narrow or deepest + 1 < window),
     )
+
+
+def _at_the_edge(nodes: Nodes, ends: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of rows with `ends` (B,) stored keys: where those begin that all nodes see (B,), those before that only some see
+    (B, E), and which of these and of the nodes each node sees (B, N, E + N).
+
+    Key i is seen from depth d if len - i + d < window: by all nodes from len + deepest - window + 1 on.
+    """
+    deepest = nodes.max_depth
+    starts = torch.minimum((ends + deepest - window + 1).clamp(min=0), ends)
+    edge = starts[:, None] - 1 - torch.arange(min(deepest, window - 1), device=ends.device)  # (B, E)
+    distance = (ends[:, None] - edge)[:, None] + nodes.depths[..., None]  # (B, N, E)
+    seen = torch.cat([(distance < window) & (edge >= 0)[:, None], _near(nodes, window)], dim=2)
+    return starts, edge, seen
 
 
 def _pack_prefix(bounds: Tensor, num_nodes: int, spacing: int) -> list[Tensor]:
@@ -424,21 +432,16 @@ def _near(nodes: Nodes, window: int) -> Tensor:
     return nodes.visible & (distance < window)
 
 
-def tree_mask(nodes: Nodes, lengths: list[int], start: int, layer, window: int | None) -> Tensor:
+def tree_mask(nodes: Nodes, place: Place, layer: TreeLayer, window: int | None) -> Tensor:
     """Which keys each node sees of all that a layer hands out: cached ones within its window, and other nodes.
-
-    Args:
-        lengths: of each row; its stored keys are the first ones.
-        start: slot of the first node.
-        layer: which slots it hands out.
 
     Returns:
         (B, N, keys) bool; the nodes are the last keys.
     """
     device = nodes.depths.device
-    ends = torch.tensor(lengths, device=device)[:, None, None]
-    slots = torch.arange(layer.first_handed_out, start, device=device)  # stored keys handed out
-    seen = (slots < ends).expand(len(lengths), nodes.depths.shape[1], -1)
+    ends = torch.tensor(place.lengths, device=device)[:, None, None]
+    slots = torch.arange(layer.first_handed_out, place.start, device=device)  # stored keys handed out
+    seen = (slots < ends).expand(len(place.lengths), nodes.depths.shape[1], -1)
     if window is not None:
         seen = seen & (ends - slots + nodes.depths[..., None] < window)
         return torch.cat([seen, _near(nodes, window)], dim=2)

@@ -1,13 +1,22 @@
 """All that knows Transformers' caches: a preallocated cache that takes a tree's nodes and keeps one path of them."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 
-from .modeling import CACHE_NAME
+from .compat import CACHE_NAME, Cache, DynamicLayer, DynamicSlidingWindowLayer, layer_types_of
 
 _CONTEXTS = "_d2sd_contexts"  # attribute of a returned cache: the drafters' contexts of the tokens it holds
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a pass's tokens stand in the layers of one type, as its cache was before the pass."""
+
+    start: int  # slot of the first of them, the same in all rows
+    lengths: list[int]  # by row, how many stored tokens they see; the other slots before `start` count for nothing
 
 
 class TreeLayer(DynamicLayer):
@@ -30,12 +39,11 @@ class TreeLayer(DynamicLayer):
         self._lengths: list[int] | None = None  # by row; `None`: `length` in all
         self.slots: Tensor | None = None  # (n,) or (B, n), where the next update goes instead; see `TreeCache.place`
         self.slots_end = 0
-        # Slots for stored tokens in buffers that never grow and are handed out whole, those of a pass behind them.
-        self.fixed: int | None = None
+        self._buffers: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._buffers = [_empty_buffer(states, 0) for states in (key_states, value_states)]
+        self._buffers = [empty_buffer(states, 0) for states in (key_states, value_states)]
         self.dropped = self.dropped * (key_states.shape[0] // len(self.dropped))
         self.is_initialized = True
         self._set_length(0)
@@ -63,8 +71,16 @@ class TreeLayer(DynamicLayer):
         if capacity == self._buffers[0].shape[2] and not frozen:
             return
         for i, old in enumerate(self._buffers):
-            self._buffers[i] = _empty_buffer(old, capacity)
+            self._buffers[i] = empty_buffer(old, capacity)
             self._buffers[i][:, :, : self.length] = old[:, :, : self.length]
+
+    def place(self) -> Place:
+        """Where the next pass's tokens are going to stand."""
+        return Place(self.length, self.lengths)
+
+    def bound(self, lengths: list[int]) -> int:
+        """At least the greatest of these lengths; a number that stays where shapes must."""
+        return max(lengths)
 
     def capacity_for(self, length: int) -> int:
         """Slots of the buffers once `length` are in use: geometric, so that appending stays cheap."""
@@ -80,13 +96,13 @@ class TreeLayer(DynamicLayer):
     @property
     def first_handed_out(self) -> int:
         """Index of the first stored token that the next query of some row sees."""
-        return 0 if self.window is None or self.fixed is not None else max(min(self.lengths) - self.window + 1, 0)
+        return 0 if self.window is None else max(min(self.lengths) - self.window + 1, 0)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.slots is not None:
-            return self._update_slots(key_states, value_states)
+            return self._update_slots(self.slots, key_states, value_states)
         first, start, end = self.first_handed_out, self.length, self.length + key_states.shape[2]
         self._reserve(end)
         for buffer, states in zip(self._buffers, (key_states, value_states)):
@@ -94,29 +110,26 @@ class TreeLayer(DynamicLayer):
         self._set_length(end)
         return self.keys[:, :, first:], self.values[:, :, first:]
 
-    def _update_slots(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        slots = self.slots.to(key_states.device)
-        if self.fixed is None:
-            first = self.first_handed_out
-            self._reserve(self.slots_end)
-            self._set_length(self.slots_end)
+    def _update_slots(self, slots: Tensor, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.first_handed_out
+        self._reserve(self.slots_end)
+        self._set_length(self.slots_end)
+        self._write(slots, key_states, value_states)
+        return self.keys[:, :, first:], self.values[:, :, first:]
+
+    def _write(self, slots: Tensor, key_states: Tensor, value_states: Tensor) -> None:
+        """Put the states (B, H, n, D) into slots (n,) or (B, n)."""
+        slots = slots.to(key_states.device)
         for buffer, states in zip(self._buffers, (key_states, value_states)):
             if slots.ndim == 1:
                 buffer.index_copy_(2, slots, states)
             else:
                 buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states)
-        if self.fixed is not None:
-            return self._buffers[0], self._buffers[1]
-        return self.keys[:, :, first:], self.values[:, :, first:]
 
     def get_seq_length(self) -> int:
-        if self.fixed is not None:
-            return self.fixed  # models that are compiled ask, and must always hear the same
         return self.dropped[0] + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.fixed is not None:
-            return self.fixed + query_length, 0
         first = self.first_handed_out
         return self.length - first + query_length, self.dropped[0] + first
 
@@ -125,28 +138,20 @@ class TreeLayer(DynamicLayer):
         if self.is_initialized:
             self._set_length(self.length + tokens_to_remove)
 
-    def keep(self, start: int, nodes: Tensor, counts: list[int]) -> None:
-        """Of the tokens from slot `start` on, move each row's first `counts[b]` of `nodes` (B, A) behind its own.
+    def keep(self, place: Place, nodes: Tensor, counts: list[int]) -> None:
+        """Of the tokens that stand there, move each row's first `counts[b]` of `nodes` (B, A) behind its own.
 
         Entries of `nodes` beyond a row's count may be any node.
         """
         if not self.is_initialized:
             return
-        nodes = nodes.to(self.device)
-        lengths = self.lengths_before(start, len(nodes))
+        nodes, start = nodes.to(self.device), place.start
         if len(nodes) == 1:
             for buffer in self._buffers:
                 buffer[:, :, start : start + nodes.shape[1]] = buffer.index_select(2, start + nodes[0])
         else:
-            targets = torch.tensor(lengths)[:, None] + torch.arange(nodes.shape[1])
-            _move(self._buffers, start + nodes, targets.to(self.device, non_blocking=True))
-        self.set_lengths([length + count for length, count in zip(lengths, counts)])
-
-    def lengths_before(self, start: int, rows: int) -> list[int]:
-        """By row, how many tokens were stored when the pass began whose nodes are in slots from `start` on."""
-        if self._lengths is not None:
-            return self._lengths
-        return [start if self.fixed is None else self.length] * rows
+            move(self._buffers, start + nodes, targets_of(place, nodes).to(self.device, non_blocking=True))
+        self.set_lengths([length + count for length, count in zip(place.lengths, counts)])
 
     def rows(self, rows: list[int]) -> "TreeLayer":
         """A copy with some of the rows, in the given order."""
@@ -167,7 +172,12 @@ class TreeLayer(DynamicLayer):
             self._set_length(0)
 
 
-def _move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
+def targets_of(place: Place, nodes: Tensor) -> Tensor:
+    """(B, A), on the host: the slots behind each row's own tokens that kept nodes (B, A) move to."""
+    return torch.tensor(place.lengths)[:, None] + torch.arange(nodes.shape[1])
+
+
+def move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
     """In each of the buffers, copy the tokens in slots `sources` (B, A) to slots `targets` (B, A)."""
     for buffer in buffers:
         at, to = sources.to(buffer.device), targets.to(buffer.device)
@@ -176,7 +186,7 @@ def _move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
         buffer.scatter_(2, to[:, None, :, None].expand(shape), moved)
 
 
-def _empty_buffer(like: Tensor, capacity: int) -> Tensor:
+def empty_buffer(like: Tensor, capacity: int) -> Tensor:
     """(B, H, capacity, D). On a GPU a token's heads lie side by side, as FlashAttention's packed sequences want it.
 
     Of a batch it is zero: slots behind shorter rows' ends are hidden by masks, which do not hide what is no number.
@@ -198,7 +208,6 @@ class TreeCache(Cache):
     def __init__(self, config):
         super().__init__(layers=[TreeLayer(window) for window in _windows(config)])
         self.config, self.layer_types = config, _layer_types(config)
-        self.mover = _move
         self._first_of_type = {name: self.layer_types.index(name) for name in self.layer_types}
 
     def by_type(self) -> dict[str, TreeLayer]:
@@ -220,43 +229,14 @@ class TreeCache(Cache):
         for layer in self.layers:
             layer.slots, layer.slots_end = slots, end
 
-    def fix(self, capacity: int, nodes: int) -> None:
-        """Give every layer buffers for `capacity` tokens a row and `nodes` more that a pass may write: shapes stay."""
-        for layer in self.layers:
-            lengths = layer.lengths
-            for i, old in enumerate(layer._buffers):
-                layer._buffers[i] = _empty_buffer(old, capacity + nodes).zero_()  # nothing that is no number
-                layer._buffers[i][:, :, : layer.length] = old[:, :, : layer.length]
-            layer.fixed = capacity
-            layer.set_lengths(lengths)
-
-    def unfix(self) -> None:
-        """Let the buffers be appended to again."""
-        for layer in self.layers:
-            layer.fixed = layer.slots = None
-
-    def keep(self, starts: dict[str, int], nodes: Tensor, counts: list[int]) -> None:
-        """Of the tokens in slots from `starts` on, keep each row's first `counts[b]` of `nodes` (B, A), in order."""
-        if self.layers[0].fixed is not None:
-            self._keep_fixed(starts, nodes, counts)
-            return
+    def keep(self, places: dict[str, Place], nodes: Tensor, counts: list[int]) -> None:
+        """Of the tokens of a pass, keep each row's first `counts[b]` of `nodes` (B, A), in order."""
         for layer, layer_type in zip(self.layers, self.layer_types):
-            layer.keep(starts[layer_type], nodes, counts)
+            layer.keep(places[layer_type], nodes, counts)
 
-    def _keep_fixed(self, starts: dict[str, int], nodes: Tensor, counts: list[int]) -> None:
-        """As `keep`, with one call for all buffers of a type, which may be compiled."""
-        for layer_type, layer in self.by_type().items():
-            lengths = layer.lengths_before(starts[layer_type], len(nodes))
-            targets = torch.tensor(lengths)[:, None] + torch.arange(nodes.shape[1])
-            targets = targets.to(nodes.device, non_blocking=True)
-            layers = [other for other, name in zip(self.layers, self.layer_types) if name == layer_type]
-            self.mover([b for other in layers for b in other._buffers], starts[layer_type] + nodes, targets)
-            for other in layers:
-                other.set_lengths([length + count for length, count in zip(lengths, counts)])
-
-    def starts(self) -> dict[str, int]:
-        """By layer type, the slot that the next update goes to."""
-        return {name: layer.length if layer.fixed is None else layer.fixed for name, layer in self.by_type().items()}
+    def places(self) -> dict[str, Place]:
+        """By layer type, where the next pass's tokens are going to stand."""
+        return {name: layer.place() for name, layer in self.by_type().items()}
 
     def rows(self, rows: list[int]) -> "TreeCache":
         """A copy with some of the rows, in the given order."""
@@ -330,7 +310,7 @@ def _take_seen(layer: TreeLayer, plain: DynamicLayer, seen: Tensor, dropped: int
     stored = seen[:, dropped:]  # (B, stored tokens)
     forgotten, lengths = seen[:, :dropped].sum(1).tolist(), stored.sum(1).tolist()
     for row, (missing, length) in enumerate(zip(forgotten, lengths)):
-        if missing and length < layer.window - 1:
+        if missing and layer.window is not None and length < layer.window - 1:
             raise ValueError(
                 f"{CACHE_NAME} holds {length} tokens of row {row} in its sliding layers; their window reaches back "
                 f"{layer.window - 1}, to tokens that gave way to padding. Pass the whole prompts without {CACHE_NAME}."
@@ -351,7 +331,7 @@ def _spread(layer: TreeLayer, states: Tensor, columns: list[list[int]], total: i
     return spread
 
 
-def check_supported(config, cache: Cache | None) -> None:
+def check_supported(config, cache: Cache) -> None:
     """Refuse, with the reason, a cache that cannot take part in tree decoding.
 
     Raises:
@@ -382,17 +362,17 @@ def layer_windows(config) -> dict[str, int | None]:
 
 
 def _layer_types(config) -> list[str]:
-    return get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]
+    return layer_types_of(config)[0]
 
 
 def _windows(config) -> list[int | None]:
-    text = config.get_text_config(decoder=True)
-    types, options = get_layer_types_and_kwargs(text)
+    types, options = layer_types_of(config)
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:
+        name = type(config.get_text_config(decoder=True)).__name__
         raise ValueError(
-            f"{type(text).__name__} has layers of type {unknown}, whose state cannot return to an accepted prefix of "
-            "a rejected draft. Generate without assistant_model."
+            f"{name} has layers of type {unknown}, whose state cannot return to an accepted prefix of a rejected "
+            "draft. Generate without assistant_model."
         )
     return [option.get("sliding_window") for option in options]
 

@@ -1,23 +1,19 @@
 """The target's choice of each token, made exactly as plain `generate` makes it, and where generation ends."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers.generation import (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
+
+from .compat import (
     EosTokenCriteria,
     LogitsProcessorList,
     MaxLengthCriteria,
-    PrefixConstrainedLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    logits_process,
+    is_stock_processor,
+    keeps_state_of_batch,
+    processor_of_row,
 )
 
 
@@ -179,13 +175,13 @@ class Choosers:
             for row in range(count)
         ]
         self.active = list(self.rows)
-        self.keeps_finished = False  # in `active`: batches of a fixed size
         self.prompt_length = input_ids.shape[1]
 
     @property
     def rooms(self) -> list[int] | None:
         """By row that still chooses, how many tokens may still be chosen; `None` for no limit."""
-        return None if self.active[0].room is None else [max(chooser.room, 1) for chooser in self.active]
+        rooms = [chooser.room for chooser in self.active]
+        return [max(room, 1) for room in rooms if room is not None] or None
 
     @property
     def vectorised(self) -> bool:
@@ -199,32 +195,24 @@ class Choosers:
         # `max` finds the same token as `argmax`, the first of equals, and on a CPU in a fraction of its time.
         return logits.max(-1).indices if self.vectorised else logits.new_zeros(logits.shape[:2], dtype=torch.long)
 
-    def drop_finished(self) -> list[int]:
-        """Let finished rows choose no more; returns which of those that did still do."""
-        done = [chooser.done_at for chooser in self.rows]
-        if not self.rows[0].ends_alone and None not in done:
+    def staying(self) -> list[int]:
+        """Which of the rows that still choose have not ended."""
+        done = [chooser.done_at for chooser in self.rows if chooser.done_at is not None]
+        if not self.rows[0].ends_alone and len(done) == len(self.rows):
             for chooser in self.rows:
                 chooser.finished |= chooser.length >= max(done)
-        staying = [at for at, chooser in enumerate(self.active) if not chooser.finished]
-        if self.keeps_finished and staying:
-            staying = list(range(len(self.active)))
+        return [at for at, chooser in enumerate(self.active) if not chooser.finished]
+
+    def select(self, staying: list[int]) -> None:
+        """Let all rows but the given ones choose no more."""
         self.active = [self.active[at] for at in staying]
-        return staying
 
     def cut(self) -> None:
         """Rows that did not end by themselves may have gone beyond the end of the last one."""
         if not self.rows[0].ends_alone:
+            end = max(row.done_at or 0 for row in self.rows)
             for chooser in self.rows:
-                chooser.cut(max(row.done_at for row in self.rows))
-
-
-_OF_ROWS = (
-    EncoderNoRepeatNGramLogitsProcessor,
-    EncoderRepetitionPenaltyLogitsProcessor,
-    PrefixConstrainedLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-)
-_WITH_STATE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+                chooser.cut(end)
 
 
 def row_processors(processors: LogitsProcessorList, row: int, rows: int) -> LogitsProcessorList:
@@ -239,36 +227,12 @@ def row_processors(processors: LogitsProcessorList, row: int, rows: int) -> Logi
 
 
 def _row_processor(processor, row: int, rows: int):
-    if isinstance(processor, _WITH_STATE):
+    if keeps_state_of_batch(processor):
         raise ValueError(
             f"{type(processor).__name__} keeps a state of the whole batch, whose rows advance unevenly here. Call "
             "generate once for each prompt, or without assistant_model."
         )
-    if isinstance(processor, _OF_ROWS):
-        return _of_one_row(processor, row, rows)
-    if type(processor).__module__ == logits_process.__name__:
-        return processor  # these look at each row by itself
-    return _InBatch(processor, row, rows)
-
-
-def _of_one_row(processor, row: int, rows: int):
-    """A copy of a processor that knows the batch's prompts, or is told which row it sees, for one row."""
-    one = copy.copy(processor)
-    if isinstance(processor, PrefixConstrainedLogitsProcessor):
-        allowed = processor._prefix_allowed_tokens_fn
-        one._prefix_allowed_tokens_fn, one._num_beams = (lambda _, ids: allowed(row, ids)), 1
-    elif isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
-        at = row * processor.batch_size // rows  # of the prompts before they are repeated for num_return_sequences
-        one.generated_ngrams, one.batch_size = processor.generated_ngrams[at : at + 1], 1
-    elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
-        ignored = getattr(processor, "prompt_ignore_length", None)  # by row, where there is padding
-        if torch.is_tensor(ignored):
-            at = row * len(ignored) // rows
-            one.prompt_ignore_length = ignored[at : at + 1]
-    else:
-        at = row * len(processor.encoder_input_ids) // rows
-        one.encoder_input_ids = processor.encoder_input_ids[at : at + 1]
-    return one
+    return processor_of_row(processor, row, rows) if is_stock_processor(processor) else _InBatch(processor, row, rows)
 
 
 @dataclass

@@ -1,48 +1,19 @@
 """The drafters at work: each denoises blocks over its own cache of the committed tokens' features."""
 
-import contextlib
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .attention import Nodes, TreeAttention, TreePlan
-from .cache import TreeCache
-from .expansion import Guesses, Paths
+from .cache import Place, TreeCache
+from .candidates import Draft
+from .compat import execution_device, without_embed_norm
 from .modeling import D2SDDrafterModel
-from .target import TargetPass, execution_device
-from .tree import Branches
-
-
-@dataclass(frozen=True)
-class Draft:
-    """What the drafter says of the positions 1..γ-1 of each block: its own choice, and what that is chosen from."""
-
-    tokens: Tensor  # (B, K, γ-1)
-    confidence: Tensor  # (B, K, γ-1), its probability of that token
-    logits: Tensor | None = None  # (B, K, γ-1, V'), over the confidence temperatures
-    token_ids: Tensor | None = None  # (V',), the tokens of a pruned draft vocabulary
-
-    def guesses(self, width: int) -> Guesses:
-        """The W = `width` likeliest tokens of each position; fewer where the draft vocabulary has fewer."""
-        best = self.logits.topk(min(width, self.logits.shape[-1]), dim=-1)
-        log_probs = best.values - self.logits.logsumexp(-1, keepdim=True)
-        return Guesses(self._tokens(best.indices), log_probs.to(self.tokens.device))
-
-    def samples(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """For each row, `count` draws from the first block's distributions: tokens and probabilities (B, K, γ-1)."""
-        probabilities = self.logits[:, 0].softmax(-1)  # (B, γ-1, V')
-        drawn = probabilities.flatten(0, 1).multinomial(count, replacement=True, generator=generator)
-        drawn = drawn.view(*probabilities.shape[:2], count)
-        confidence = probabilities.gather(-1, drawn).transpose(1, 2)
-        return self._tokens(drawn).transpose(1, 2), confidence.to(self.tokens.device)
-
-    def _tokens(self, indices: Tensor) -> Tensor:
-        tokens = indices if self.token_ids is None else self.token_ids[indices.to(self.token_ids.device)]
-        return tokens.to(self.tokens.device)
+from .target import TargetPass
 
 
 class Drafter:
@@ -61,12 +32,11 @@ class Drafter:
         self.model = model
         self.context = context if context is not None else DraftContext(TreeCache(model.config))
         self.device, self.dtype = execution_device(model.fc), model.fc.weight.dtype
+        self.run: Callable = model  # or compiled, for passes of a fixed shape
         self._embed, self._head = target.get_input_embeddings(), draft_head(model, target.get_output_embeddings())
         self._generator = torch.Generator(execution_device(target.get_output_embeddings())).manual_seed(0)  # not yours
         self._attention = TreeAttention.for_model(model, backend, two_sided=True)
-        self._fixed: tuple[int, int, Callable] | None = None  # capacity, width of the new context, compiler
-        self._run = model
-        self._nodes = {}  # (B, K, γ) → what the queries of such blocks see of each other
+        self._nodes: dict[tuple[int, int, int], Nodes] = {}  # (B, K, γ) → what such blocks see of each other
 
     def extend(
         self, step: TargetPass, positions: list[int], nodes: Tensor | None = None, counts: list[int] | None = None
@@ -83,90 +53,88 @@ class Drafter:
         counts = step.counts if counts is None else counts
         counts = [features.shape[1]] * len(features) if counts is None else counts
         self.context.extend(features.to(self.device, self.dtype), positions, counts)
-        self._head_dtype = features.dtype
 
     def select(self, staying: list[int]) -> None:
         """Let all rows but the given ones leave the batch."""
         self.context.select(staying)
 
-    def fix(self, capacity: int, width: int, compiler: Callable) -> None:
-        """Once the prompt is known, draft with buffers of so many tokens and `width` new ones, by compiled passes."""
-        self._fixed = capacity, width, compiler
+    def draft(self, anchor: Tensor, block_size: int, width: int = 1) -> Draft:
+        """The first draft: one block after each anchor (B,), all of it masked; R is 1, D is γ-1, W is `width`."""
+        return self._denoise(self._masked_blocks(anchor, 1, block_size), width)
 
-    def unfix(self) -> None:
-        self.context.cache.unfix()
-        self._fixed, self._run = None, self.model
+    def redraft(self, anchor: Tensor, prefixes: Draft, block_size: int, width: int = 1) -> Draft:
+        """The second draft: K blocks a row in one pass, each keeping one of the row's prefixes and masked after it.
 
-    def draft(self, anchor: Tensor, block_size: int) -> Draft:
-        """The first draft: one block after each anchor (B,), all of it masked. K is 1."""
-        return self._denoise(self._masked_blocks(anchor, 1, block_size))
+        Args:
+            anchor: (B,); prefixes: R is K, of any depth, see `Draft.cut`.
+        """
+        blocks = self._masked_blocks(anchor, prefixes.kept.shape[1], block_size)
+        size = min(prefixes.depth, block_size - 1)
+        kept = torch.arange(size, device=anchor.device) < prefixes.kept[..., None]  # (B, K, size)
+        blocks[..., 1 : 1 + size] = torch.where(kept, prefixes.best[..., :size], blocks[..., 1 : 1 + size])
+        return self._denoise(blocks, width).after(prefixes)
 
-    def redraft(self, anchor: Tensor, tokens: Tensor, prefix_lengths: Tensor, block_size: int) -> Branches:
-        """The second draft: K blocks a row in one pass, each keeping a prefix of the first block's tokens (B, γ-1)."""
-        draft = self.redraft_paths(anchor, Paths(tokens[:, None], prefix_lengths), block_size)
-        return Branches(prefix_lengths, draft.tokens, draft.confidence)
-
-    def redraft_paths(self, anchor: Tensor, paths: Paths, block_size: int) -> Draft:
-        """K blocks a row in one pass, each keeping the tokens of one of the row's paths and masked after it."""
-        blocks = self._masked_blocks(anchor, paths.lengths.shape[1], block_size)
-        size = min(paths.tokens.shape[2], block_size - 1)
-        kept = torch.arange(size, device=anchor.device) < paths.lengths[..., None]  # (B, K, size)
-        blocks[..., 1 : 1 + size] = torch.where(kept, paths.tokens[..., :size], blocks[..., 1 : 1 + size])
-        return self._denoise(blocks)
-
-    def sample_branches(self, draft: Draft, prefix_lengths: Tensor) -> Branches:
-        """Branches without another pass: after each kept prefix, draws from the first draft's own distributions."""
-        return Branches(prefix_lengths, *draft.samples(prefix_lengths.shape[1], self._generator))
+    def sample(self, draft: Draft, prefixes: Draft) -> Draft:
+        """Branches without another pass: after each prefix, draws from the first draft's own distributions."""
+        assert draft.logits is not None
+        probabilities = draft.logits[:, 0].softmax(-1)  # (B, γ-1, V')
+        count = prefixes.kept.shape[1]
+        drawn = probabilities.flatten(0, 1).multinomial(count, replacement=True, generator=self._generator)
+        drawn = drawn.view(*probabilities.shape[:2], count)
+        confidence = probabilities.gather(-1, drawn).transpose(1, 2)
+        tokens = self._target_tokens(drawn, draft.tokens.device).transpose(1, 2)
+        return Draft.of(tokens, confidence.to(tokens.device)).after(prefixes)
 
     def _masked_blocks(self, anchor: Tensor, count: int, block_size: int) -> Tensor:
         blocks = anchor.new_full((len(anchor), count, block_size), self.model.config.mask_token_id)
         blocks[..., 0] = anchor[:, None]
         return blocks
 
-    def _denoise(self, blocks: Tensor) -> Draft:
+    def _denoise(self, blocks: Tensor, width: int) -> Draft:
         """One forward for all blocks (B, K, γ): a row's are one long query over its one context."""
-        rows, count, block_size = blocks.shape
-        context, counts = self.context.take()  # (B, C, F)
-        if self.context.cache.layers[0].fixed is not None:
-            context = nn.functional.pad(context, (0, 0, 0, self._fixed[1] - context.shape[1]))
-        before = self.context.lengths(rows)
-        lengths = [length + new for length, new in zip(before, counts)]
-        width, size = context.shape[1], count * block_size
-        # The new context goes behind each row's, the blocks behind the longest.
-        start = max(before) + width
-        capacity = self.context.cache.layers[0].fixed
-        if capacity is not None:
-            start = capacity
-        if capacity is not None or min(before) < max(before) or min(counts) < width:
-            slots = _slots(before, width, start, size, self.device)
-            self.context.cache.place(slots, start + size)
-        nodes = self._block_nodes(rows, count, block_size)
-        types = self._attention.windows
-        prepared = self._attention.prepare(
-            nodes, self.context.cache, dict.fromkeys(types, start), dict.fromkeys(types, lengths), self.dtype
-        )
+        place = self.context.open(len(blocks), blocks[0].numel())
+        hidden, dtype = self._forward(blocks, place)
+        self.context.close(place)
+        return self._read(hidden, dtype, blocks, width)
+
+    def _forward(self, blocks: Tensor, place: "ContextPlace") -> tuple[Tensor, torch.dtype]:
+        """Hidden states (B, K·γ, H) of the blocks, and the target's dtype."""
+        nodes, types, cache = self._block_nodes(*blocks.shape), self._attention.windows, self.context.cache
+        prepared = self._attention.prepare(nodes, cache, dict.fromkeys(types, place.blocks), self.dtype)
         with without_embed_norm(self._embed):
-            embeds = self._embed(blocks.view(rows, -1))
+            embeds = self._embed(blocks.view(len(blocks), -1))
         with self._attention.active(prepared):
-            hidden = self._run(
+            output = self.run(
                 noise_embeds=embeds.to(self.device, self.dtype),
-                context_hidden_states=context,
-                position_ids=self._positions(counts, width, nodes.depths),
+                context_hidden_states=place.features,
+                position_ids=self._positions(place.counts, place.features.shape[1], nodes.depths),
                 attention_mask=dict.fromkeys(types, prepared) if isinstance(prepared, TreePlan) else prepared,
-                cache=self.context.cache,
-            ).last_hidden_state
-        self.context.cache.place(None)
-        self.context.cache.set_lengths(lengths)
-        if self._fixed is not None and capacity is None:
-            capacity, _, compiler = self._fixed
-            self.context.cache.fix(capacity, size)
-            self._run = compiler(self.model)
-        if self._run is not self.model:  # CUDA graphs write their next results to the same place
-            hidden = hidden.clone()
+                cache=cache,
+            )
+        return output.last_hidden_state, embeds.dtype
+
+    def _read(self, hidden: Tensor, dtype: torch.dtype, blocks: Tensor, width: int) -> Draft:
+        """What the head says of the blocks' positions after their first ones."""
+        rows, count, block_size = blocks.shape
         hidden = hidden.view(rows * count, block_size, -1)[:, 1:]
         # One row of tokens, side by side: for a view with gaps a linear layer may copy its weight for every block.
-        logits = self._head(hidden.reshape(1, -1, hidden.shape[-1]).to(self._head_dtype))
-        return self._read(logits.view(rows, count, block_size - 1, -1), blocks.device)
+        logits = self._head(hidden.reshape(1, -1, hidden.shape[-1]).to(dtype))
+        logits = logits.view(rows, count, block_size - 1, -1).float()  # (B, K, γ-1, V')
+        temperatures = self.model.config.confidence_temperatures
+        if temperatures is not None:
+            logits = logits / logits.new_tensor(temperatures[: block_size - 1])[:, None]
+        values, indices = _best(logits, width)
+        log_probs = values - logits.logsumexp(-1, keepdim=True)
+        tokens = self._target_tokens(indices, blocks.device)
+        confidence, log_probs = (x.to(blocks.device) for x in (log_probs.exp(), log_probs))
+        return Draft(tokens, confidence, log_probs, blocks.new_zeros(rows, count), logits)
+
+    def _target_tokens(self, indices: Tensor, device: torch.device) -> Tensor:
+        """From places in the draft vocabulary to the target's tokens."""
+        if self.model.config.draft_vocab_size is not None:
+            ids = self.model.draft_token_ids
+            indices = ids[indices.to(ids.device)]
+        return indices.to(device)
 
     def _block_nodes(self, rows: int, count: int, block_size: int) -> Nodes:
         shape = rows, count, block_size
@@ -180,25 +148,30 @@ class Drafter:
         new = starts - torch.tensor(counts, device=self.device)[:, None] + torch.arange(width, device=self.device)
         return torch.cat([new, starts + depths], dim=1)
 
-    def _read(self, logits: Tensor, device: torch.device) -> Draft:
-        logits = logits.float()  # (B, K, γ-1, V)
-        temperatures = self.model.config.confidence_temperatures
-        if temperatures is not None:
-            logits = logits / logits.new_tensor(temperatures[: logits.shape[2]])[:, None]
-        best = logits.max(-1)
-        confidence = (best.values - logits.logsumexp(-1)).exp()
-        tokens = best.indices
-        token_ids = self.model.draft_token_ids if self.model.config.draft_vocab_size is not None else None
-        if token_ids is not None:
-            tokens = token_ids[tokens.to(self.device)]
-        return Draft(tokens.to(device), confidence.to(device), logits, token_ids)
+
+def _best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Values and places of the `width` greatest, best first; fewer where there are fewer."""
+    if width == 1:
+        best = logits.max(-1, keepdim=True)  # finds it in a fraction of what `topk` takes
+        return best.values, best.indices
+    best = logits.topk(min(width, logits.shape[-1]), dim=-1)
+    return best.values, best.indices
 
 
-def _slots(before: list[int], width: int, start: int, size: int, device: torch.device) -> Tensor:
+def slots_of(before: list[int], width: int, start: int, size: int, device: torch.device) -> Tensor:
     """(B, C + K·γ): where the new context and the blocks go, in rows that hold `before` tokens."""
     context = torch.tensor(before)[:, None] + torch.arange(width)
     blocks = torch.arange(start, start + size).expand(len(before), -1)
     return torch.cat([context, blocks], dim=1).to(device)
+
+
+@dataclass(frozen=True)
+class ContextPlace:
+    """Where one pass's tokens stand in a drafter's cache: the new context behind each row's, then the blocks."""
+
+    features: Tensor  # (B, C, F), the new context
+    counts: list[int]  # by row, how many of these are its own
+    blocks: Place  # of the blocks: they see what each row's cache holds with its new context
 
 
 @dataclass
@@ -206,7 +179,7 @@ class DraftContext:
     """The committed tokens as one drafter knows them: some in its cache, the newest still as features."""
 
     cache: TreeCache
-    positions: list[int] | None = None  # by row, of the token after the last known one: the anchor
+    positions: list[int] = field(default_factory=list)  # by row, of the token after the last known one: the anchor
     waiting: tuple[tuple[Tensor, list[int]], ...] = ()  # features (B, T, F) that no forward has seen, own ones by row
 
     def lengths(self, rows: int) -> list[int]:
@@ -235,6 +208,20 @@ class DraftContext:
             features = parts[0][0] if len(parts) == 1 else torch.cat([features for features, _ in parts], dim=1)
             return features, [width + count for count in parts[-1][1]]
         return _join(parts)
+
+    def open(self, rows: int, size: int) -> ContextPlace:
+        """Make room in the cache for the features that are waiting, and for `size` tokens of blocks."""
+        features, counts = self.take()
+        before, width = self.lengths(rows), features.shape[1]
+        start = max(before) + width
+        if min(before) < max(before) or min(counts) < width:
+            self.cache.place(slots_of(before, width, start, size, features.device), start + size)
+        return ContextPlace(features, counts, Place(start, [a + b for a, b in zip(before, counts)]))
+
+    def close(self, place: ContextPlace) -> None:
+        """Keep the new context, and forget the blocks."""
+        self.cache.place(None)
+        self.cache.set_lengths(place.blocks.lengths)
 
     def select(self, staying: list[int]) -> None:
         """Forget all rows but the given ones."""
@@ -331,17 +318,3 @@ def _rows_by_calling(head: nn.Module, ids: Tensor, width: int, chunk: int = 256)
     ids = ids.to(bias.device)
     columns = [(head(part) - bias)[:, ids] for part in units.split(chunk)]
     return torch.cat(columns).T.contiguous(), bias[ids]
-
-
-@contextlib.contextmanager
-def without_embed_norm(embed: nn.Module):
-    """Some targets norm their embeddings inside the module; drafters read them before that norm, as native DFlash."""
-    norm = getattr(embed, "embed_norm", None)
-    if norm is None:
-        yield
-        return
-    try:
-        embed.embed_norm = nn.Identity()
-        yield
-    finally:
-        embed.embed_norm = norm

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .compat import attention_of, has_sdpa, takes_attention_functions
+
 HUB_KERNEL = "kernels-community/flash-attn2"
 
 
@@ -40,8 +42,8 @@ class Facts:
             dtype=model.dtype,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             softcap=getattr(config, "attn_logit_softcapping", None),
-            own_implementation=config._attn_implementation or "eager",
-            supports_sdpa=getattr(decoder, "_supports_sdpa", False),
+            own_implementation=attention_of(config),
+            supports_sdpa=has_sdpa(decoder),
             obstacle=_architecture_obstacle(decoder, config),
         )
 
@@ -54,19 +56,34 @@ class Facts:
 
 
 def _architecture_obstacle(decoder, config) -> str | None:
-    if not getattr(decoder, "_supports_attention_backend", False):
+    if not takes_attention_functions(decoder):
         return f"{type(decoder).__name__} takes no other attention function"
     if getattr(config, "kv_lora_rank", None) is not None:
         return "keys and values have different sizes"
     return None
 
 
-class Kernel:
-    """One way to run a cascade.
+@dataclass(frozen=True)
+class Packing:
+    """Sequences of queries and of keys, S each, packed one behind the other: a query sees its own segment's keys."""
 
-    `varlen(q (Tq, Hq, D), k (Tk, Hk, D), v, q_starts, k_starts, max_q, max_k, causal, scale, softcap)` returns the
-    output (Tq, Hq, D) and the LSE (Hq, Tq).
-    """
+    query_starts: Tensor  # (S + 1,) int32
+    key_starts: Tensor  # (S + 1,) int32
+    max_queries: int  # at least the most of a segment
+    max_keys: int  # at least the most of a segment
+    causal: bool = False  # aligned at the end of each segment
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the scores of keys come from their products with a query."""
+
+    scale: float
+    softcap: float = 0.0  # c, if scores become `c * tanh(scores / c)`; 0: none
+
+
+class Kernel:
+    """One way to run a cascade. Outputs come with the log-sum-exp (LSE) of their scores."""
 
     name: str
     describe: str
@@ -77,19 +94,19 @@ class Kernel:
         """Why it cannot run; `None` if it can."""
         raise NotImplementedError
 
-    def varlen(self, q, k, v, q_starts, k_starts, max_q, max_k, causal, scale, softcap) -> tuple[Tensor, Tensor]:
+    def varlen(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """q (Tq, Hq, D), k and v (Tk, Hk, D) in packed sequences: output (Tq, Hq, D), LSE (Hq, Tq)."""
         raise NotImplementedError
 
-    def masked(self, query, key, value, mask, scale, softcap) -> tuple[Tensor, Tensor]:
-        return small_attention(query, key, value, mask, scale, softcap)
+    def masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring):
+        return small_attention(query, key, value, mask, scoring)
 
-    def over_prefix(self, query, key, value, bounds, prefix, longest, scale, softcap) -> tuple[Tensor, Tensor]:
+    def over_prefix(self, query, key, value, bounds: Tensor, packing: Packing | None, scoring: Scoring):
         """All nodes against each row's keys within `bounds` (B, 2): output (B, Hq, N, D), LSE (B, Hq, N)."""
+        assert packing is not None
         rows, heads, num_nodes, width = query.shape
         queries = query.transpose(1, 2).reshape(-1, heads, width)
-        out, lse = self.varlen(
-            queries, tokens_of(key), tokens_of(value), *prefix, num_nodes, longest, False, scale, softcap
-        )
+        out, lse = self.varlen(queries, tokens_of(key), tokens_of(value), packing, scoring)
         out = out.view(rows, num_nodes, heads, width).transpose(1, 2)
         lse = lse.view(heads, rows, num_nodes).transpose(0, 1)
         empty = (bounds[:, 0] >= bounds[:, 1])[:, None, None]
@@ -101,7 +118,7 @@ class FlashKernel(Kernel):
 
     def __init__(self, name: str, describe: str, load: Callable[[], Callable], least_capability: int = 8):
         self.name, self.describe, self.load, self.least_capability = name, describe, load, least_capability
-        self._function = None
+        self._function: Callable | None = None
 
     def obstacle(self, facts: Facts) -> str | None:
         reason = facts.obstacle or cuda_obstacle(facts, self.least_capability)
@@ -119,17 +136,17 @@ class FlashKernel(Kernel):
             flags = [flag for flag in ("return_lse", "return_softmax_lse", "return_attn_probs") if flag in names]
             if not flags:
                 raise ImportError("its varlen function returns no log-sum-exp")
-            self._function, self._lse_flag, self._has_softcap = function, flags[0], "softcap" in names
+            self._function, self._lse_flag = function, flags[0]
         return self._function
 
-    def varlen(self, q, k, v, q_starts, k_starts, max_q, max_k, causal, scale, softcap):
-        options = {"softmax_scale": scale, "causal": causal}
+    def varlen(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, scoring: Scoring) -> tuple[Tensor, Tensor]:
         function = self.function()
-        options[self._lse_flag] = True
-        if softcap:
-            options["softcap"] = softcap
-        names = dict(cu_seqlens_q=q_starts, cu_seqlens_k=k_starts, max_seqlen_q=max_q, max_seqlen_k=max_k)
-        out, lse = function(q, k, v, **names, **options)[:2]
+        options = {"softmax_scale": scoring.scale, "causal": packing.causal, self._lse_flag: True}
+        if scoring.softcap:
+            options["softcap"] = scoring.softcap
+        starts = dict(cu_seqlens_q=packing.query_starts, cu_seqlens_k=packing.key_starts)
+        bounds = dict(max_seqlen_q=packing.max_queries, max_seqlen_k=packing.max_keys)
+        out, lse = function(q, k, v, **starts, **bounds, **options)[:2]
         return out, heads_first(lse, *out.shape[:2])
 
 
@@ -147,20 +164,19 @@ class TorchVarlen(Kernel):
             return "torch.nn.attention.varlen has no soft-capping"
         return facts.obstacle or cuda_obstacle(facts, 8)
 
-    def varlen(self, q, k, v, q_starts, k_starts, max_q, max_k, causal, scale, softcap):
+    def varlen(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, scoring: Scoring) -> tuple[Tensor, Tensor]:
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
+        starts, bounds = (packing.query_starts, packing.key_starts), (packing.max_queries, packing.max_keys)
         out, lse = varlen_attn(
             q,
             k,
             v,
-            q_starts,
-            k_starts,
-            max_q,
-            max_k,
+            *starts,
+            *bounds,
             return_aux=AuxRequest(lse=True),
-            scale=scale,
-            window_size=(-1, 0) if causal else (-1, -1),
+            scale=scoring.scale,
+            window_size=(-1, 0) if packing.causal else (-1, -1),
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out, heads_first(lse, *out.shape[:2])
@@ -180,23 +196,23 @@ class CpuKernel(Kernel):
             return "torch's CPU kernel has no soft-capping"
         return facts.obstacle
 
-    def masked(self, query, key, value, mask, scale, softcap):
+    def masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring):
         mask = mask.to(query.dtype).expand(len(query), -1, -1, -1)
-        return _cpu_kernel(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+        return _cpu_kernel(query, key, value, 0.0, False, attn_mask=mask, scale=scoring.scale)
 
-    def over_prefix(self, query, key, value, bounds, prefix, longest, scale, softcap):
-        bounds = bounds.tolist()
-        if all(row == bounds[0] for row in bounds):
-            (start, end), *_ = bounds
+    def over_prefix(self, query, key, value, bounds: Tensor, packing: Packing | None, scoring: Scoring):
+        limits = bounds.tolist()
+        if all(row == limits[0] for row in limits):
+            (start, end), *_ = limits
             seen = slice(start, end)
-            return _cpu_kernel(query, key[:, :, seen], value[:, :, seen], 0.0, False, scale=scale)
+            return _cpu_kernel(query, key[:, :, seen], value[:, :, seen], 0.0, False, scale=scoring.scale)
         dtype = torch.promote_types(query.dtype, torch.float32)
         out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
-        for row, (start, end) in enumerate(bounds):
+        for row, (start, end) in enumerate(limits):
             if start < end:
                 one, seen = slice(row, row + 1), slice(start, end)
                 out[one], lse[one] = _cpu_kernel(
-                    query[one], key[one, :, seen], value[one, :, seen], 0.0, False, scale=scale
+                    query[one], key[one, :, seen], value[one, :, seen], 0.0, False, scale=scoring.scale
                 )
         return out, lse
 
@@ -205,7 +221,9 @@ def _cpu_kernel(*args, **kwargs) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
 
 
-def small_attention(query, key, value, mask, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def small_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
     """Attention over few keys with a mask, in float32: output (B, Hq, N, D) and LSE (B, Hq, N).
 
     The queries that share a head of keys stand side by side: keys are not repeated.
@@ -213,9 +231,9 @@ def small_attention(query, key, value, mask, scale: float, softcap: float) -> tu
     rows, heads, num_nodes, width = query.shape
     key_heads = key.shape[1]
     grouped = query.reshape(rows, key_heads, -1, width)  # (B, Hk, G·N, D)
-    scores = (grouped @ key.transpose(2, 3)).float() * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = (grouped @ key.transpose(2, 3)).float() * scoring.scale
+    if scoring.softcap:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     scores = scores.view(rows, key_heads, heads // key_heads, num_nodes, -1) + mask[:, :, None].float()
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp().to(value.dtype).view(rows, key_heads, -1, scores.shape[-1]) @ value

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .choosing import Choosers, Record
-from .modeling import CACHE_NAME
+from .compat import CACHE_NAME, full_length
 
 # Inputs along the tokens of the prompt: (B, L) or (B, L, H).
 _ALONG_TOKENS = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "inputs_embeds")
@@ -92,7 +92,7 @@ def _shift(value: Tensor | None, order: Tensor, columns: int) -> Tensor | None:
 
 
 def _count_new_columns(prompt: Tensor, mask: Tensor | None, past: int, is_embeds: bool, generation_config) -> int:
-    length = mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", -1)
+    length = full_length(generation_config, mask)
     whole = is_embeds or length == prompt.shape[1]  # else only what follows the cached tokens was passed
     new = prompt.shape[1] - past if whole else prompt.shape[1]
     if new < 1:
@@ -141,14 +141,12 @@ def join_records(records: list[Record], prompt: Prompt) -> Record:
     for name in ("scores", "logits"):
         if getattr(records[0], name) is not None:
             setattr(joined, name, _join_steps([getattr(record, name) for record in records]))
-    if records[0].hidden_states is not None:
-        first = [_spread(record.hidden_states[0], row, prompt) for row, record in enumerate(records)]
+    steps = [record.hidden_states for record in records if record.hidden_states is not None]  # of each row
+    if steps:
+        first = [_spread(of_row[0], row, prompt) for row, of_row in enumerate(steps)]
         layers = range(len(first[0]))
         prefill = tuple(torch.cat([row[layer] for row in first]) for layer in layers)
-        by_layer = [
-            _join_steps([tuple(step[layer] for step in record.hidden_states[1:]) for record in records])
-            for layer in layers
-        ]
+        by_layer = [_join_steps([tuple(step[layer] for step in of_row[1:]) for of_row in steps]) for layer in layers]
         joined.hidden_states = (prefill, *zip(*by_layer))
     return joined
 

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .tree import FROM_FIRST, FROM_SECOND, FROM_TARGET
+from .tree import FROM_FIRST, FROM_SECOND, FROM_TARGET, HostTree
 
 _SOURCE_NAMES = {FROM_TARGET: "target", FROM_FIRST: "first", FROM_SECOND: "second"}
 
@@ -76,28 +76,35 @@ class D2SDStats:
         """The prefill's tokens, which the target wrote."""
         self.token_sources += [_SOURCE_NAMES[FROM_TARGET]] * rows
 
-    def add_cycle(
-        self, path: list[int], parents: list[int], depths: list[int], ranks: list[int], sources: list[int]
-    ) -> None:
-        """One row's path, and for each of the N nodes its parent, depth, rank and source. No path: it had ended."""
+    def add_cycle(self, path: list[int], tree: HostTree) -> None:
+        """One row's path through its tree. No path: the row had ended."""
         if not path:
             return
         self.cycles += 1
         self.committed_per_cycle.append(len(path))
-        self.tree_sizes.append(1 + sum(parent >= 0 for parent in parents))
-        self.offered_per_depth.update(range(1, max(depths) + 1))
+        self.tree_sizes.append(len(tree))
+        self.offered_per_depth.update(range(1, max(tree.depths) + 1))
         accepted = path[1:]
-        self.accepted_per_depth.update(depths[node] for node in accepted)
-        self.branch_hits.update(ranks[node] for node in accepted)
-        self.token_sources += [_SOURCE_NAMES[sources[node]] for node in accepted] + [_SOURCE_NAMES[FROM_TARGET]]
+        self.accepted_per_depth.update(tree.depths[node] for node in accepted)
+        self.branch_hits.update(tree.ranks[node] for node in accepted)
+        names = [_SOURCE_NAMES[tree.sources[node]] for node in accepted]
+        self.token_sources += [*names, _SOURCE_NAMES[FROM_TARGET]]
 
-    def add_trace(self, row: int, columns: list[list[int]], scores: list[float], path: list[int], emitted: list[int]):
-        """One row's cycle. `columns`: (5, N or more), its tree's tokens, parents, depths, ranks and sources."""
-        size = 1 + sum(parent >= 0 for parent in columns[1])
-        tokens, parents, depths, ranks, sources = (column[:size] for column in columns)
-        names = [_SOURCE_NAMES[source] for source in sources]
-        cycle = Cycle(row, tokens, parents, depths, scores[:size], ranks, names, path, emitted)
+    def add_trace(self, row: int, tree: HostTree, scores: list[float], path: list[int], emitted: list[int]) -> None:
+        """One row's cycle, if cycles are kept."""
         if self.trace is not None:
+            size = len(tree)
+            cycle = Cycle(
+                row=row,
+                tokens=tree.tokens[:size],
+                parents=tree.parents[:size],
+                depths=tree.depths[:size],
+                scores=scores[:size],
+                ranks=tree.ranks[:size],
+                sources=[_SOURCE_NAMES[source] for source in tree.sources[:size]],
+                path=path,
+                emitted=emitted,
+            )
             self.trace.append(cycle)
 
     def __str__(self) -> str:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
-from transformers.generation.streamers import BaseStreamer
 
+from .compat import BaseStreamer
 from .modeling import D2SDAssistant
 
 _UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no whole character

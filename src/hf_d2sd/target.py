@@ -4,12 +4,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import Nodes, TreeAttention
-from .cache import TreeCache
-from .capturing import embeddings_first, select_layers
-from .modeling import CACHE_NAME
+from .cache import Place, TreeCache
+from .compat import captured_layers, execution_device, forward, prompt_inputs, tree_inputs, with_logits_of
 from .tree import CandidateTree
 
 _CHUNK = 512  # tokens in one pass where a prompt goes on from rows of several lengths
@@ -22,10 +21,12 @@ class TargetPass:
     logits: Tensor  # (B, T, V); after a prefill (B, 1, V), each row's last token's
     hidden_states: tuple[Tensor | None, ...]  # entry i+1 is (B, T, H), the output of layer i; None where not asked for
     counts: list[int] | None = None  # by row, how many of the T tokens are its own; `None`: all
+    nodes: Nodes | None = None  # of a tree: what sees what
+    places: dict[str, Place] | None = None  # of a tree, by layer type: where its nodes stand until `commit`
 
     def features(self, layer_ids: list[int], nodes: Tensor | None = None) -> Tensor:
         """(B, T or A, len(layer_ids) * H): what a drafter reads, for all tokens or for the given nodes (B, A)."""
-        layers = [self.hidden_states[i + 1] for i in layer_ids]
+        layers = [layer for i in layer_ids if (layer := self.hidden_states[i + 1]) is not None]
         if nodes is not None:
             layers = [take_nodes(layer, nodes.to(layer.device)) for layer in layers]
         return torch.cat([layer.to(layers[0].device) for layer in layers], dim=-1)
@@ -64,10 +65,12 @@ class Target:
         self.model, self.cache = model, cache
         self.attention = TreeAttention.for_model(model, backend)
         self.device = execution_device(model.get_input_embeddings())
-        self._run = model  # or compiled, for passes of a fixed shape
+        self.run: Callable = model  # of trees; or compiled, for passes of a fixed shape
         self.rows = list(range(rows))  # which rows of the batch are still in it
-        self._left = {} if keeps_left_rows else None  # row → its cache and position
-        self._capture = True if all_hidden_states else select_layers(layer_ids)
+        self._left: dict[int, tuple[TreeCache, int]] | None = (
+            {} if keeps_left_rows else None
+        )  # row → its cache and position
+        self._capture = True if all_hidden_states else captured_layers(layer_ids)
         # By row, the position of the next token that is not in the cache.
         self.positions = full_lengths(cache) if cache.get_seq_length() else [0] * rows
 
@@ -97,16 +100,11 @@ class Target:
             end = min(start + chunk_size, new_tokens)
             kwargs = {name: _without_last(value, new_tokens - end) for name, value in model_kwargs.items()}
             lasts = sorted({count - 1 - start for count in counts if start < count <= end})  # columns of last tokens
-            if "logits_to_keep" in kwargs and len(lasts) and lasts != [end - start - 1]:
-                kwargs["logits_to_keep"] = torch.tensor(lasts, device=self.device)
-            inputs = self.model.prepare_inputs_for_generation(
-                _without_last(input_ids, new_tokens - end),
-                next_sequence_length=end - start,
-                is_first_iteration=True,
-                **{CACHE_NAME: self.cache},
-                **kwargs,
-            )
-            given, hidden_states = self._forward(**inputs)
+            if lasts and lasts != [end - start - 1]:
+                kwargs = with_logits_of(kwargs, torch.tensor(lasts, device=self.device))
+            ids = _without_last(input_ids, new_tokens - end)
+            inputs = prompt_inputs(self.model, ids, end - start, self.cache, kwargs)
+            given, hidden_states = forward(self.model, inputs, self._capture)
             logits = _pick_last(logits, given, [count - 1 - start for count in counts], lasts, end - start)
             own = [min(max(count - start, 0), end - start) for count in counts]
             ends = [length + min(count, end) for length, count in zip(cached, counts)]
@@ -136,52 +134,23 @@ class Target:
     def append(self, tokens: Tensor, counts: list[int]) -> TargetPass:
         """Let each row go on by the first `counts[b]` of `tokens` (B, T)."""
         step = self.verify(CandidateTree.chain(tokens.to(self.device)))
-        self.commit(torch.arange(tokens.shape[1], device=self.device).expand(tokens.shape), counts)
+        self.commit(step, torch.arange(tokens.shape[1], device=self.device).expand(tokens.shape), counts)
         return step
-
-    def fix(self, capacity: int, nodes: int, compiler: Callable) -> None:
-        """From now on verify trees of so many nodes in buffers of so many tokens, by compiled passes.
-
-        Args:
-            compiler: makes a function a compiled one.
-        """
-        self.cache.fix(capacity, nodes)
-        self.cache.place(torch.arange(capacity, capacity + nodes, device=self.device))
-        self._run, self.cache.mover = compiler(self.model), compiler(self.cache.mover)
-
-    def unfix(self) -> None:
-        self.cache.unfix()
-        self._run = self.model
 
     def verify(self, tree: CandidateTree) -> TargetPass:
         """One pass over the N nodes, each seeing the cache and its own ancestors; the cache grows by all nodes."""
-        self._starts, self.nodes = self.cache.starts(), Nodes.of_tree(tree)
-        lengths = {name: layer.lengths for name, layer in self.cache.by_type().items()}
-        prepared = self.attention.prepare(self.nodes, self.cache, self._starts, lengths, self.model.dtype)
+        nodes, places = Nodes.of_tree(tree), self.cache.places()
+        prepared = self.attention.prepare(nodes, self.cache, places, self.model.dtype)
         positions = torch.tensor(self.positions, device=self.device)[:, None] + tree.depths
+        inputs = tree_inputs(tree.tokens, positions, self.attention.as_argument(prepared), self.cache)
         with self.attention.active(prepared):
-            logits, hidden_states = self._forward(
-                input_ids=tree.tokens,
-                position_ids=positions,
-                attention_mask=self.attention.as_argument(prepared),
-                **{CACHE_NAME: self.cache},
-                run=self._run,
-                use_cache=True,
-            )
-        return TargetPass(logits, hidden_states)
+            logits, hidden_states = forward(self.run, inputs, self._capture)
+        return TargetPass(logits, hidden_states, None, nodes, places)
 
-    def _forward(self, run=None, **inputs) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        """The model's logits (B, T, V) and the hidden states that were asked for."""
-        run = run or self.model
-        output = run(**inputs, output_hidden_states=self._capture, return_dict=True)
-        if run is not self.model:  # CUDA graphs write their next results to the same place
-            output.logits = output.logits.clone()
-            output.hidden_states = tuple(layer if layer is None else layer.clone() for layer in output.hidden_states)
-        return output.logits, embeddings_first(output.hidden_states, selected=self._capture is not True)
-
-    def commit(self, paths: Tensor, counts: list[int]) -> None:
-        """Of the nodes verified last keep each row's first `counts[b]` of `paths` (B, A), and forget the others."""
-        self.cache.keep(self._starts, paths, counts)
+    def commit(self, step: TargetPass, paths: Tensor, counts: list[int]) -> None:
+        """Of a tree's nodes keep each row's first `counts[b]` of `paths` (B, A), and forget the others."""
+        assert step.places is not None
+        self.cache.keep(step.places, paths, counts)
         self.positions = [position + count for position, count in zip(self.positions, counts)]
 
     def select(self, staying: list[int]) -> None:
@@ -201,7 +170,7 @@ class Target:
     def rejoin(self) -> None:
         """Bring the rows that left back, in their order."""
         here = {row: (self.cache.rows([at]), self.positions[at]) for at, row in enumerate(self.rows)}
-        rows = {**self._left, **here}
+        rows = {**(self._left or {}), **here}
         self.rows = sorted(rows)
         self.cache = TreeCache.stack([rows[row][0] for row in self.rows])
         self.positions = [rows[row][1] for row in self.rows]
@@ -230,15 +199,6 @@ def _pick_last(before: Tensor | None, logits: Tensor, at: list[int], lasts: list
     if before is not None:
         picked = [before[row : row + 1] if new is None else new for row, new in enumerate(picked)]
     return torch.cat([logits[:1, :1] if new is None else new for new in picked])
-
-
-def execution_device(module: nn.Module) -> torch.device:
-    """Where a module computes: where its weights are, or where accelerate's hooks bring them from an offload."""
-    hook = getattr(module, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    if device is None:
-        device = next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), "cpu")
-    return torch.device(device)
 
 
 def _without_last(value, count: int):

@@ -1,4 +1,4 @@
-"""The candidates of one cycle, merged to a tree: shared prefixes stored once, pruned to a budget of nodes."""
+"""The candidates of one cycle as a tree: the nodes most likely to be reached, each once, under a budget."""
 
 from dataclasses import dataclass
 
@@ -9,29 +9,19 @@ FROM_TARGET, FROM_FIRST, FROM_SECOND = 0, 1, 2  # who wrote a node's token; the 
 
 
 @dataclass(frozen=True)
-class Branches:
-    """The second drafter's re-drafts: branch k keeps `prefix_lengths[:, k]` drafted tokens and goes on by itself."""
+class Candidates:
+    """M scored nodes below the anchor of each of B rows, parents before children: what a tree is chosen from."""
 
-    prefix_lengths: Tensor  # (B, K)
-    tokens: Tensor  # (B, K, γ₂-1), at the kept positions whatever the drafter says
-    confidence: Tensor  # (B, K, γ₂-1)
-
-    def whole(self, tokens: Tensor, confidence: Tensor) -> "Branches":
-        """The same with the kept tokens filled in, so that none are taken from the first block.
-
-        Args:
-            tokens, confidence: (B, 1 or K, D), the drafts that the prefixes are of.
-        """
-        size = min(tokens.shape[2], self.tokens.shape[2])
-        kept = torch.arange(size, device=tokens.device) < self.prefix_lengths[..., None]  # (B, K, size)
-        filled = [mine.clone() for mine in (self.tokens, self.confidence)]
-        for mine, its in zip(filled, (tokens, confidence)):
-            mine[..., :size] = torch.where(kept, its[..., :size], mine[..., :size])
-        return Branches(torch.zeros_like(self.prefix_lengths), *filled)
-
-    def followed_by(self, other: "Branches") -> "Branches":
-        fields = ((getattr(self, name), getattr(other, name)) for name in ("prefix_lengths", "tokens", "confidence"))
-        return Branches(*(torch.cat(pair, dim=1) for pair in fields))
+    tokens: Tensor  # (B, M)
+    parents: Tensor  # (B, M), where the parent stands among these; -1 for the anchor
+    depths: Tensor  # (B, M) or (M,), from 1
+    scores: (
+        Tensor  # (B, M), log of the estimated probability that the node is reached; no child's is above its parent's
+    )
+    ranks: Tensor  # (B, M), which draft wrote it, 0 the first
+    exists: Tensor  # (B, M) bool
+    deepest: int  # a bound of the depths
+    chains: int | None = None  # a bound of the chains that the tree splits into; `None`: one a node
 
 
 @dataclass(frozen=True)
@@ -92,52 +82,40 @@ class CandidateTree:
         return cls(tokens, depths - 1, depths, zeros.float(), zeros, max_depth=tokens.shape[1] - 1, max_chains=1)
 
     @classmethod
-    def merge(
+    def from_candidates(
         cls,
         anchor: Tensor,
-        tokens: Tensor,
-        confidence: Tensor,
-        branches: Branches | None = None,
+        candidates: Candidates,
         *,
         budget: int | None = None,
         max_depth: Tensor | None = None,
         fixed_size: bool = False,
     ) -> "CandidateTree":
-        """Merge the first block and its branches, and keep the nodes most likely to be reached.
+        """The candidates most likely to be reached, under the anchors.
 
-        A node's score is the log of the product of confidences along its path; where several drafts share the node,
-        the highest counts. Scores never rise along a path, so the best nodes always form a tree.
+        Scores never rise along a path and a parent comes before its children, so the best nodes always form a tree.
 
         Args:
             anchor: (B,), the last committed tokens.
-            tokens, confidence: (B, γ-1), the first blocks.
-            branches: the re-drafts, if any.
             budget: greatest number of nodes, the anchor included; `None` keeps all.
             max_depth: (B,), the deepest node kept, at least 1.
-            fixed_size: as many nodes, with fillers, whatever the drafts agree on: shapes that never change, and no
-                question to the device.
+            fixed_size: as many nodes, with fillers, whatever exists: shapes that never change, and no question to the
+                device.
         """
-        drafts = _Drafts.of(tokens, confidence, branches, max_depth)
-        owner, score = drafts.shared_nodes()
-        num_drafts, depth = owner.shape[1:]
-        kept = _likeliest(owner, score, budget, fixed_size)
-        exists = kept < depth * num_drafts
-        kept = torch.where(exists, kept, 0)
-        draft, at = kept % num_drafts, kept // num_drafts
-        parent = _parents(owner, draft, at, exists)
+        kept, exists = _likeliest(candidates, budget, max_depth, fixed_size)
 
-        def column(anchors, values, filler):
-            return torch.cat([anchors.view(-1, 1).expand(len(kept), 1), torch.where(exists, values, filler)], dim=1)
+        def column(of_anchor: Tensor, values: Tensor, filler) -> Tensor:
+            return torch.cat([of_anchor.view(-1, 1).expand(len(kept), 1), torch.where(exists, values, filler)], dim=1)
 
-        zero = anchor.new_zeros(1)
+        zero, scores = anchor.new_zeros(1), candidates.scores
         return cls(
-            tokens=column(anchor, drafts.tokens.flatten(1).gather(1, draft * depth + at), anchor[:, None]),
-            parents=column(zero - 1, parent, -1),
-            depths=column(zero, at + 1, 0),
-            scores=column(zero.to(score.dtype), score.flatten(1).gather(1, draft * depth + at), -torch.inf),
-            ranks=column(zero, draft, 0),
-            max_depth=depth,
-            max_chains=num_drafts,
+            tokens=column(anchor, candidates.tokens.gather(1, kept), anchor[:, None]),
+            parents=column(zero - 1, _parents(candidates, kept, exists), -1),
+            depths=column(zero, candidates.depths.expand_as(scores).gather(1, kept), 0),
+            scores=column(zero.to(scores.dtype), scores.gather(1, kept), -torch.inf),
+            ranks=column(zero, candidates.ranks.gather(1, kept), 0),
+            max_depth=candidates.deepest,
+            max_chains=kept.shape[1] if candidates.chains is None else candidates.chains,
         )
 
     def visibility(self) -> Tensor:
@@ -198,73 +176,56 @@ def _starts(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
 
 
-@dataclass(frozen=True)
-class _Drafts:
-    """The R drafts of a cycle in one table: the first blocks, then the branches with the tokens that they keep."""
+def _likeliest(
+    candidates: Candidates, budget: int | None, max_depth: Tensor | None, fixed_size: bool
+) -> tuple[Tensor, Tensor]:
+    """(B, m), which candidates are kept, in their order, and whether each exists; fillers come last.
 
-    tokens: Tensor  # (B, R, D)
-    log_confidence: Tensor  # (B, R, D)
-    exists: Tensor  # (B, R, D) bool, for each draft up to some depth
+    Args:
+        budget, max_depth, fixed_size: as in `CandidateTree.from_candidates`.
+    """
+    exists, scores = candidates.exists, candidates.scores
+    if max_depth is not None:
+        exists = exists & (candidates.depths <= max_depth[:, None])
+    # A stable sort: among equal scores parents come before children.
+    scores = torch.where(exists, scores.clamp(min=torch.finfo(scores.dtype).min), -torch.inf)
+    count = scores.shape[1]
+    size = count if budget is None else min(budget - 1, count)
+    if not fixed_size:
+        size = min(size, int(exists.sum(1).max()))
+    best = scores.argsort(dim=1, descending=True, stable=True)[:, :size]
+    kept = torch.where(exists.gather(1, best), best, count).sort(1).values
+    exists = kept < count
+    return torch.where(exists, kept, 0), exists
+
+
+def _parents(candidates: Candidates, kept: Tensor, exists: Tensor) -> Tensor:
+    """(B, m), where the parents of the kept candidates stand in a tree that begins with the anchor."""
+    count = candidates.tokens.shape[1]
+    # Column 0 of `place` is the anchor, the last one takes the fillers' writes.
+    place = kept.new_zeros(len(kept), count + 2)
+    order = torch.arange(1, kept.shape[1] + 1, device=kept.device).expand_as(kept)
+    place.scatter_(1, torch.where(exists, kept + 1, count + 1), order)
+    return place.gather(1, candidates.parents.gather(1, kept) + 1)
+
+
+@dataclass(frozen=True)
+class HostTree:
+    """One row's tree on the host, and the target's choice at each node: what a cycle's one transfer brings."""
+
+    tokens: list[int]  # (N,), fillers included, as all fields
+    parents: list[int]  # (N,), -1 for the anchor and for fillers
+    depths: list[int]  # (N,)
+    ranks: list[int]  # (N,)
+    sources: list[int]  # (N,)
+    choices: list[int]  # (N,), 0 where the choice is made on the walk
+
+    def __len__(self) -> int:
+        """Nodes, the anchor included and fillers aside."""
+        return 1 + sum(parent >= 0 for parent in self.parents)
 
     @classmethod
-    def of(cls, tokens: Tensor, confidence: Tensor, branches: Branches | None, max_depth: Tensor | None) -> "_Drafts":
-        """The arguments are those of `CandidateTree.merge`."""
-        depth = tokens.shape[1] if branches is None else branches.tokens.shape[2]
-        pad = depth - tokens.shape[1]  # γ₂ - γ: the first block is the shorter one
-        position = torch.arange(depth, device=tokens.device)
-        tokens, confidence = (torch.nn.functional.pad(x, (0, pad))[:, None] for x in (tokens, confidence))
-        if branches is not None:
-            kept = position < branches.prefix_lengths[..., None]  # (B, K, D)
-            tokens = torch.cat([tokens, torch.where(kept, tokens, branches.tokens)], dim=1)
-            confidence = torch.cat([confidence, torch.where(kept, confidence, branches.confidence)], dim=1)
-        exists = torch.ones_like(tokens, dtype=torch.bool)
-        exists[:, 0] = position < depth - pad
-        if max_depth is not None:
-            exists &= position < max_depth[:, None, None]
-        return cls(tokens, confidence.log(), exists)
-
-    def shared_nodes(self) -> tuple[Tensor, Tensor]:
-        """The first draft that has each node too, -1 where nothing is drafted, and the node's score; (B, R, D)."""
-        # Drafts r and s share their node at depth d if they agree at every depth up to d.
-        shared = (self.tokens[:, :, None] == self.tokens[:, None]).cumprod(-1).bool()  # (B, R, R, D)
-        shared &= self.exists[:, :, None] & self.exists[:, None]
-        owner = torch.where(self.exists, shared.int().argmax(2), -1)
-        # cummin: a scan must not round a child above its parent
-        reached = self.log_confidence.cumsum(-1).cummin(-1).values
-        return owner, torch.where(shared, reached[:, None], -torch.inf).amax(2)
-
-
-def _likeliest(owner: Tensor, score: Tensor, budget: int | None, fixed_size: bool) -> Tensor:
-    """(B, M), the nodes d·R + r to keep, parents before children; rows with fewer are filled up with D·R.
-
-    Args:
-        owner, score: (B, R, D), of `_Drafts.shared_nodes`.
-        budget, fixed_size: as in `CandidateTree.merge`.
-    """
-    num_drafts, depth = owner.shape[1:]
-    own = owner == torch.arange(num_drafts, device=owner.device)[:, None]  # each node once
-    # Depth-major order, then a stable sort: among equal scores parents come before children.
-    own, score = own.transpose(1, 2).flatten(1), score.transpose(1, 2).flatten(1)
-    score = torch.where(own, score.clamp(min=torch.finfo(score.dtype).min), -torch.inf)
-    best = score.argsort(dim=1, descending=True, stable=True)
-    size = depth * num_drafts if budget is None else min(budget - 1, depth * num_drafts)
-    if not fixed_size:
-        size = min(size, int(own.sum(1).max()))
-    best = best[:, :size]
-    return torch.where(own.gather(1, best), best, depth * num_drafts).sort(1).values
-
-
-def _parents(owner: Tensor, draft: Tensor, at: Tensor, exists: Tensor) -> Tensor:
-    """(B, M), where the parents of the kept nodes stand in a tree that begins with the anchor.
-
-    Args:
-        owner: (B, R, D), of `_Drafts.shared_nodes`.
-        draft, at, exists: (B, M), the kept nodes: which draft's, at which depth below the anchor's children, or none.
-    """
-    num_rows, num_drafts, depth = owner.shape
-    # Column 0 of `index` is the anchor, its last entry takes the fillers' writes.
-    index = owner.new_zeros(num_rows, num_drafts * (depth + 1) + 1)
-    place = torch.where(exists, draft * (depth + 1) + at + 1, index.shape[1] - 1)
-    index.scatter_(1, place, torch.arange(1, at.shape[1] + 1, device=at.device).expand(num_rows, -1))
-    above = owner.flatten(1).gather(1, draft * depth + (at - 1).clamp(min=0))
-    return index.gather(1, torch.where(at > 0, above, draft) * (depth + 1) + at)
+    def transfer(cls, tree: CandidateTree, choices: Tensor) -> list["HostTree"]:
+        """Each row's, of a tree and the target's choices (B, N)."""
+        columns = tree.tokens, tree.parents, tree.depths, tree.ranks, tree.sources, choices
+        return [cls(*row) for row in torch.stack(columns, dim=1).tolist()]

@@ -122,8 +122,6 @@ def answer(
     plain: bool = False,
     cache: Cache | None = None,
     stop: StopOnRequest | None = None,
-    seed: int | None = None,
-    max_new_tokens: int | None = None,
     **generate_options,
 ) -> Answer:
     """Let the target reply to `input_ids` (1, L).
@@ -131,7 +129,6 @@ def answer(
     Args:
         plain: without drafters.
         cache: of an earlier answer to the beginning of the same conversation; it is taken over.
-        seed, max_new_tokens: other ones than the options'.
     """
     input_ids = input_ids.to(pair.target.device)
     assistant = None if plain else pair.assistant
@@ -143,12 +140,12 @@ def answer(
 
     clock = _Clock(pair.tokenizer, assistant, take)
     drafting = {} if plain else {"assistant_model": assistant, **options.d2sd_options(), **generate_options}
-    torch.manual_seed(options.seed if seed is None else seed)
+    torch.manual_seed(options.seed)
     started = time.perf_counter()
     out = pair.target.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens or options.max_new_tokens,
+        max_new_tokens=options.max_new_tokens,
         streamer=clock,
         stopping_criteria=StoppingCriteriaList([stop] if stop is not None else []),
         return_dict_in_generate=True,

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import Cache
 
@@ -65,10 +65,9 @@ class Conversation:
         self._reuse_cache(input_ids[0].tolist())
         self.last = self._run(
             self._pair,
-            self._options,
+            replace(self._options, seed=self._options.seed + self.turn),
             input_ids,
             cache=self._cache,
-            seed=self._options.seed + self.turn,
             **options,
         )
         self._cache = self.last.cache
@@ -98,11 +97,9 @@ class Conversation:
         count = len(self.last.tokens)  # an answer that was stopped is compared as far as it goes
         plain = self._run(
             self._pair,
-            self._options,
+            replace(self._options, seed=self._options.seed + self.turn - 1, max_new_tokens=count),
             self._input_ids,
             plain=True,
-            seed=self._options.seed + self.turn - 1,
-            max_new_tokens=count,
             **options,
         )
         return Comparison(self.last, plain)

@@ -1,12 +1,12 @@
 """`hf-d2sd explain`: one HTML page that draws every cycle's tree and what the target made of it."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
 
+from ..records import write_text
 from ..streaming import SourceStreamer
 from .answering import Answer, answer
 from .generate import PromptOptions, prepare
@@ -33,9 +33,7 @@ def explain(options: ExplainOptions) -> dict:
     pair = plan.load()
     reply = answer(pair, options, input_ids, d2sd_trace=True)
     page = make_page(options, pair.tokenizer, input_ids[0].tolist(), reply, str(pair.target.dtype))
-    partial = options.out.with_name(f".{options.out.name}.partial")
-    partial.write_text(render(page), encoding="utf-8")
-    os.replace(partial, options.out)
+    write_text(options.out, render(page))
     report = reply.report()
     report.pop("pieces")
     return {"out": str(options.out), "cycles": reply.stats.cycles, **report}

@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -51,8 +51,9 @@ def generate(options: GenerateOptions) -> dict | None:
     output = text_output() if shows_text(options) else None
     pair = plan.load()
     if options.compare:  # the first passes of either way prepare what later ones use again
+        short = replace(options, max_new_tokens=min(8, options.max_new_tokens))
         for plain in (False, True):
-            answer(pair, options, input_ids, plain=plain, max_new_tokens=min(8, options.max_new_tokens))
+            answer(pair, short, input_ids, plain=plain)
     run = functools.partial(answer, pair, options, input_ids)
     ask = run if output is None else functools.partial(output.reply, run, pair)
     drafted = ask()

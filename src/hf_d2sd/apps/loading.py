@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,16 +17,23 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..decoding import BRANCH_SOURCES
-from ..integration import bind, decoding_options
+from ..binding import bind
 from ..modeling import D2SDAssistant, D2SDConfig
+from ..options import PREFIX, command_fields, option_fields, settle
 from ..pairs import load_assistant, read_pair_config, refuse_missing_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@dataclass
-class PairOptions:
+OPTIONS = [declared.name for declared in option_fields() if declared.name != "trace"]
+if TYPE_CHECKING:
+    DraftingFields = Any
+else:
+    DraftingFields = command_fields(*OPTIONS)
+
+
+@dataclass(kw_only=True)
+class PairOptions(DraftingFields):
     target: str = field(metadata={"help": "folder or Hub id of the target"})
     drafters: list[str] = field(
         metadata={"help": "folder or Hub id of a pair, or of the first drafter; then, if there is one, of the second"}
@@ -35,18 +43,6 @@ class PairOptions:
         default=None,
         metadata={"help": "cpu, cuda, cuda:1, or auto: spread the target; default: a GPU, if there is one"},
     )
-    num_branches: int | None = field(default=None, metadata={"help": "d2sd_num_branches (K); default: the pair's"})
-    tree_budget: int | None = field(default=None, metadata={"help": "d2sd_tree_budget; default: the pair's"})
-    tree_width: int | None = field(default=None, metadata={"help": "d2sd_tree_width (W); default: the pair's"})
-    levels: int | None = field(default=None, metadata={"help": "d2sd_levels; default: 2"})
-    block_size: int | None = field(default=None, metadata={"help": "d2sd_block_size (γ); default: the pair's"})
-    branch_source: str | None = field(
-        default=None, metadata={"help": "d2sd_branch_source; default: second", "choices": list(BRANCH_SOURCES)}
-    )
-    attention_backend: str | None = field(
-        default=None, metadata={"help": "d2sd_attention_backend; default: the fastest that can run"}
-    )
-    compile: bool = field(default=False, metadata={"help": "d2sd_compile: cycles of fixed shapes under torch.compile"})
 
     def __post_init__(self):
         if isinstance(self.drafters, str):
@@ -59,9 +55,7 @@ class PairOptions:
 
     def d2sd_options(self) -> dict:
         """The options of `generate` that were given."""
-        names = "num_branches tree_budget tree_width levels block_size branch_source attention_backend".split()
-        given = {f"d2sd_{name}": getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {**given, **({"d2sd_compile": True} if self.compile else {})}
+        return {PREFIX + name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
 
 
 @dataclass(frozen=True)
@@ -116,7 +110,7 @@ def plan_pair(options: PairOptions) -> PairPlan:
     """
     plan = read_plan(options)
     bind(plan.empty_assistant, plan.empty_target, plan.tokenizer)
-    decoding_options(plan.empty_assistant, GenerationConfig(**options.d2sd_options()))
+    settle(plan.empty_assistant, GenerationConfig(**options.d2sd_options()))
     return plan
 
 

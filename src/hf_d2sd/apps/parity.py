@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..capturing import embeddings_first, select_layers
+from ..candidates import Draft
+from ..compat import read_text
 from ..drafting import Drafter
-from ..expansion import Paths
 from ..modeling import D2SDDrafterModel
 from ..target import TargetPass
 from .answering import Answer, AnswerOptions, answer
@@ -136,15 +136,13 @@ def training_logits(target, model: D2SDDrafterModel, row: Row, places: list[tupl
 def decoding_logits(target, model: D2SDDrafterModel, row: Row, anchor: int, kept: list[int]) -> list[Tensor]:
     """The same by decoding: features go through the drafter's cache, the blocks are branches of one draft."""
     ids, size = row.tokens[None, :anchor].to(target.device), model.config.block_size
-    output = target.base_model(
-        input_ids=ids, use_cache=False, output_hidden_states=select_layers(model.config.target_layer_ids)
-    )
-    states = embeddings_first(output.hidden_states, selected=True)
+    last, states = read_text(target, ids, model.config.target_layer_ids)
     drafter = Drafter(model, target)
-    drafter.extend(TargetPass(output.last_hidden_state, states), [anchor])
+    drafter.extend(TargetPass(last, states), [anchor])
     block = row.tokens[anchor : anchor + size].to(target.device)
-    paths = Paths(block[1:].expand(1, len(kept), -1), torch.tensor([kept], device=target.device))
-    logits = drafter.redraft_paths(block[:1], paths, size).logits
+    tokens = block[1:].expand(1, len(kept), -1)
+    prefixes = Draft.of(tokens, torch.ones(tokens.shape), torch.tensor([kept], device=target.device))
+    logits = drafter.redraft(block[:1], prefixes, size).logits
     assert logits is not None
     logits = logits[0]  # (K, γ-1, V')
     temperatures = model.config.confidence_temperatures or [1.0] * (size - 1)

@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 
 from transformers import AutoTokenizer, GenerationConfig
-from transformers.utils import cached_file
 
+from ..binding import find_misfits
 from ..cache import layer_windows
-from ..integration import decoding_options, find_misfits
+from ..compat import is_stateful
 from ..modeling import D2SDDrafterConfig
+from ..modeling.compat_d2sd import cached_file
+from ..options import settle
 from .findings import Finding, fine, note, wrong
 from .loading import PairPlan
 
@@ -43,7 +45,7 @@ def check_target(plan: PairPlan) -> Finding:
         target = plan.empty_target
     except ValueError as error:
         return wrong("target", str(error), advice)
-    if target.config.is_encoder_decoder or target._is_stateful:
+    if target.config.is_encoder_decoder or is_stateful(target):
         return wrong("target", f"{name} has an encoder, or a state that cannot return to an accepted prefix.", advice)
     text = plan.target_config.get_text_config(decoder=True)
     return fine("target", f"{type(target).__name__}, {text.num_hidden_layers} layers, width {text.hidden_size}.")
@@ -174,7 +176,7 @@ def _dtype_name(dtype) -> str:
 def check_options(plan: PairPlan) -> Finding:
     given = GenerationConfig(**plan.options.d2sd_options())
     try:
-        options = decoding_options(plan.empty_assistant, given)
+        options = settle(plan.empty_assistant, given)
     except ValueError as error:
         return wrong("options", str(error), "Change that option, or the pair's config.json.")
     budget = "without a limit" if options.tree_budget is None else f"of at most {options.tree_budget} nodes"

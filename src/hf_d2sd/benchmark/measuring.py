@@ -5,8 +5,8 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
+from ..compat import BaseStreamer
 from .strategies import Models, Strategy
 
 

@@ -3,14 +3,22 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..options import command_fields
 from .strategies import PLAIN, WIDE_BUDGET, WIDTH, Strategy, all_strategies, find_strategy, grid
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass
-class BenchOptions:
+if TYPE_CHECKING:
+    TreeFields = Any
+else:
+    TreeFields = command_fields("num_branches", "tree_budget", "tree_width")
+
+
+@dataclass(kw_only=True)
+class BenchOptions(TreeFields):
     """Every strategy side by side on one's own model, prompts and hardware; a killed run goes on where it stopped."""
 
     target: str = field(metadata={"help": "folder or Hub id of the target"})
@@ -31,9 +39,6 @@ class BenchOptions:
     max_samples: int | None = field(default=None, metadata={"help": "prompts of each task, evenly spread"})
     max_new_tokens: int = 128
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy"})
-    num_branches: int | None = field(default=None, metadata={"help": "K; default: the pair's"})
-    tree_budget: int | None = field(default=None, metadata={"help": "nodes of wide trees; default: the pair's"})
-    tree_width: int | None = field(default=None, metadata={"help": "W of wide trees; default: the pair's"})
     system: str | None = field(default=None, metadata={"help": "system message of every chat"})
     template_options: str = field(default="{}", metadata={"help": "JSON options of the chat template"})
     dtype: str = field(default="bfloat16", metadata={"help": ", ".join(DTYPES)})

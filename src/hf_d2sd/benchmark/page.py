@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 
 from . import tables
 from .probing import STAGES
+from .result import Result
 from .strategies import PLAIN
 from .summary import EVERYTHING
-from .tables import Result, Table
+from .tables import Table
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --faint: #5d6675; --line: #d8dce3; --paper: #fff; --card: #f6f7f9; }
@@ -49,16 +50,15 @@ _COLOURS = [
 
 def page(result: Result) -> str:
     """The page as text; nothing in it is loaded from elsewhere."""
-    from .report import all_tables
-
+    shown = tables.all_tables(result)
     said = tables.overhead(result)
     body = [
         "<h1>hf-d2sd benchmark</h1>",
         "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in tables.environment_lines(result.run)) + "</ul>",
-        *map(_table, all_tables(result)[:1]),
+        *map(_table, shown[:1]),
         "<h2>Figures</h2>",
         f'<div class="figures">{"".join(figures(result))}</div>',
-        *map(_table, all_tables(result)[1:]),
+        *map(_table, shown[1:]),
         f"<p>{html.escape(said)}</p>" if said is not None else "",
     ]
     return (

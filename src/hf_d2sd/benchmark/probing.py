@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 from .. import decoding
-from ..choosing import Choosers
 from ..drafting import Drafter
 from ..stats import Cycle, D2SDStats
 from ..target import Target
@@ -26,12 +25,10 @@ STAGES = ("draft 1", "draft 2", "tree", "verify", "accept", "commit", "other")
 _PLACES = (
     (Drafter, "draft", "draft 1"),
     (Drafter, "redraft", "draft 2"),
-    (Drafter, "redraft_paths", "draft 2"),
-    (Drafter, "sample_branches", "draft 2"),
-    (decoding, "grow_tree", "tree"),
+    (Drafter, "sample", "draft 2"),
+    (decoding, "grow", "tree"),
     (Target, "verify", "verify"),
-    (Choosers, "look", "accept"),
-    (decoding, "accept", "accept"),
+    (decoding.Batch, "accept", "accept"),
     (Target, "commit", "commit"),
     (Drafter, "extend", "commit"),
 )

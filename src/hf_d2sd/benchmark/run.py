@@ -1,31 +1,30 @@
 """`hf-d2sd bench`: answer every prompt with every strategy, in turn, and write down what happened."""
 
-import json
-import platform
+import functools
 import random
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils.logging import tqdm
 
-from .. import __version__
-from ..decoding import buffer_size
+from .. import records
+from ..captured import buffer_size
 from ..modeling import D2SDAssistant, D2SDConfig
 from ..pairs import load_assistant, read_pair_config, refuse_missing_folder
+from .machine import environment
 from .measuring import Measurement, measure
 from .options import BenchOptions
 from .probing import probe
+from .result import PROBES, ROWS, RUN
 from .strategies import PLAIN, Models, Strategy, all_strategies
 from .suites import Prompt, chat_text, read_suites, refuse_too_long
+from .summary import ratios
+from .writing import refuse_missing_packages, write_reports
 
 _DEEPEST = 16  # tokens that a tree may go beyond a text's end
-ROWS, PROBES, RUN = "rows.jsonl", "probes.jsonl", "run.json"
 
 
 @dataclass(frozen=True)
@@ -46,29 +45,29 @@ def bench(options: BenchOptions) -> dict:
     Raises:
         ValueError: for what is wrong with the options, the prompts or the models' configs, before a model is loaded.
     """
-    from .report import report  # late: it needs rich and matplotlib
-
+    refuse_missing_packages()
     prompts = read_suites(options.prompts, options.max_samples)
     for name in (options.target, *options.drafters, *filter(None, [options.draft_lm])):
         refuse_missing_folder(name)
     config = AutoConfig.from_pretrained(options.target)
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     drafter_config, given = read_drafters(options)
-    known = all_strategies(**options.branching(drafter_config))
-    strategies = options.chosen(known, given)
-
-    def count_tokens(prompt: Prompt) -> int:
-        answers = [""] * (len(prompt.turns) - 1)
-        text = chat_text(tokenizer, list(prompt.turns), answers, options.system, options.template)
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
-
+    strategies = options.chosen(all_strategies(**options.branching(drafter_config)), given)
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    refuse_too_long(prompts, count_tokens, limit, options.max_new_tokens)
+    refuse_too_long(prompts, functools.partial(_count_tokens, tokenizer, options), limit, options.max_new_tokens)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    begin_or_go_on(options, strategies)
+    about = {s.name: {"about": s.about, "options": s.options, "ours": s.ours} for s in strategies}
+    run = {"settings": options.settled(), "strategies": about, "environment": environment()}
+    records.begin(options.out / RUN, run, "settings")
     Runner(options, strategies, prompts, tokenizer, config).run()
-    return report(options.out)
+    return write_reports(options.out)
+
+
+def _count_tokens(tokenizer, options: BenchOptions, prompt: Prompt) -> int:
+    answers = [""] * (len(prompt.turns) - 1)
+    text = chat_text(tokenizer, list(prompt.turns), answers, options.system, options.template)
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def read_drafters(options: BenchOptions) -> tuple[D2SDConfig | None, set[str]]:
@@ -81,61 +80,6 @@ def read_drafters(options: BenchOptions) -> tuple[D2SDConfig | None, set[str]]:
         return None, given
     config = read_pair_config(options.drafters)
     return config, given | ({"first", "second"} if config.second is not None else {"first"})
-
-
-def begin_or_go_on(options: BenchOptions, strategies: list[Strategy]) -> None:
-    """Note what the run is; one that was begun with other settings is not mixed with it.
-
-    Raises:
-        ValueError: naming the settings that differ.
-    """
-    path = options.out / RUN
-    settings = options.settled()
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        differing = sorted(name for name in settings if settings[name] != before.get(name))
-        if differing:
-            raise ValueError(
-                f"{options.out} holds a run with other settings: {', '.join(differing)} "
-                f"({[before.get(name) for name in differing]} before, {[settings[name] for name in differing]} now). "
-                "Name another folder."
-            )
-        return
-    options.out.mkdir(parents=True, exist_ok=True)
-    about = {s.name: {"about": s.about, "options": s.options, "ours": s.ours} for s in strategies}
-    write_whole(path, {"settings": settings, "strategies": about, "environment": environment()})
-
-
-def environment() -> dict:
-    """What a reader must know of the machine and the software."""
-    packages = {"hf_d2sd": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    return {
-        "versions": {**packages, "python": platform.python_version()},
-        "processor": processor_name(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "commit": commit(),
-        "started": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-    }
-
-
-def processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Of the checkout that this package runs from; `None` where it was installed."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 class Runner:
@@ -151,13 +95,13 @@ class Runner:
         if options.draft_lm is not None:
             draft_lm = AutoModelForCausalLM.from_pretrained(options.draft_lm, dtype=dtype).to(self.device).eval()
         self.models = Models(load_drafters(options.drafters, dtype, self.device), draft_lm)
-        self.rows = {tuple(row["key"]): row for row in read_rows(options.out / ROWS)}
+        self.rows = {tuple(row["key"]): row for row in records.read(options.out / ROWS)}
 
     def run(self) -> None:
         """Measure what is not measured yet, then probe."""
         deadline = time.monotonic() + 60 * (self.options.stop_after or float("inf"))
         missing = [entry for entry in self.rounds if entry.key not in self.rows]
-        probed = {tuple(row["key"]) for row in read_rows(self.options.out / PROBES)}
+        probed = {tuple(row["key"]) for row in records.read(self.options.out / PROBES)}
         unprobed = [entry for entry in self._to_probe() if entry.key not in probed]
         if missing or unprobed:
             self._warm_up()
@@ -165,11 +109,11 @@ class Runner:
             if time.monotonic() > deadline:
                 return
             self.rows[entry.key] = row = self.measure_round(entry)
-            append_line(self.options.out / ROWS, row)
+            records.append(self.options.out / ROWS, row)
         for entry in tqdm(unprobed, desc="probes", disable=None):
             if time.monotonic() > deadline:
                 return
-            append_line(self.options.out / PROBES, self.probe_round(entry))
+            records.append(self.options.out / PROBES, self.probe_round(entry))
 
     def measure_round(self, entry: Round) -> dict:
         """Every strategy's answer to one turn, in an order drawn for it, so that drift hits all alike."""
@@ -261,8 +205,6 @@ class Runner:
 
     def _progress(self, missing: list[Round], what: str) -> Iterator[Round]:
         """The rounds under a bar that shows each strategy's speed-up so far."""
-        from .summary import ratios
-
         with tqdm(total=len(self.rounds), initial=len(self.rounds) - len(missing), desc=what, disable=None) as bar:
             for entry in missing:
                 yield entry
@@ -279,25 +221,3 @@ def load_drafters(names: list[str], dtype: torch.dtype, device: torch.device) ->
     if not names:
         return None
     return load_assistant(names, dtype).to(device)
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file; a last line that a kill cut off is not one, and is cut off for good."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.split("\n") if line]
-
-
-def append_line(path: Path, row: dict) -> None:
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def write_whole(path: Path, content: dict) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

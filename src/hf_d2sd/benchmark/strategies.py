@@ -4,21 +4,14 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from transformers import CompileConfig
-
+from ..compat import compiled_everywhere
 from ..modeling import D2SDAssistant
+from ..options import sweep_keys
 
 PLAIN = "ar"
 NO_BUDGET = 100_000  # nodes: more than any tree has
 WIDE_BUDGET, WIDTH = 16, 8  # of wide trees, where neither the command nor the pair says otherwise
-KEYS = {
-    "K": "num_branches",
-    "budget": "tree_budget",
-    "width": "tree_width",
-    "block": "block_size",
-    "levels": "levels",
-    "compile": "compile",
-}
+KEYS = sweep_keys()
 
 
 @dataclass
@@ -61,9 +54,7 @@ def _stock(**arguments) -> Callable[[Models, dict], dict]:
 
 
 def _compiled(models: Models, options: dict) -> dict:
-    config = CompileConfig(dynamic=False)
-    config._compile_all_devices = True  # else `generate` compiles on accelerators alone
-    return {"cache_implementation": "static", "compile_config": config}
+    return {"cache_implementation": "static", "compile_config": compiled_everywhere()}
 
 
 def _assisted(models: Models, options: dict) -> dict:

@@ -1,9 +1,10 @@
 """The prompts of a benchmark: JSON lines of user turns, and the chats they become."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..records import read_numbered
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,12 @@ def _read(file: Path) -> list[Prompt]:
     if not file.is_file():
         raise ValueError(f"There is no file {file}.")
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, row in read_numbered(file):
         try:
-            row = json.loads(line)
             turns = row.get("turns") or [row["prompt"]]
             if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
                 raise ValueError("its turns must be texts that are not empty")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f'{file}, line {number}: {error!r}. A line is {{"id": ..., "task": ..., "turns": [user turns]}}.'
             ) from error

@@ -1,12 +1,12 @@
 """The tables of a report, as rows of texts: for the terminal, for Markdown and for HTML."""
 
-import functools
 import math
 from dataclasses import dataclass
 
 from .probing import STAGES
+from .result import Result
 from .strategies import NO_BUDGET, PLAIN
-from .summary import EVERYTHING, Cell, Estimate, Instruments, instruments, ratio_between, summarize
+from .summary import EVERYTHING, Estimate, ratio_between
 
 
 @dataclass(frozen=True)
@@ -21,46 +21,6 @@ class Table:
     def markdown(self) -> str:
         lines = [self.head, ["---"] * len(self.head), *self.rows]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-@dataclass
-class Result:
-    """A run as its folder tells it."""
-
-    run: dict
-    rows: list[dict]
-    probes: list[dict]
-
-    @functools.cached_property
-    def names(self) -> list[str]:
-        return list(self.run["strategies"])
-
-    @functools.cached_property
-    def cells(self) -> dict[str, dict[str, Cell]]:
-        return summarize(self.rows, self.names)
-
-    @functools.cached_property
-    def instruments(self) -> dict[str, Instruments | None]:
-        return {name: instruments(self.probes, name) for name in self.names}
-
-    @property
-    def groups(self) -> list[str]:
-        return list(self.cells[PLAIN])
-
-    @property
-    def suites(self) -> list[str]:
-        return list(dict.fromkeys(row["key"][0] for row in self.rows))
-
-    @property
-    def variants(self) -> list[str]:
-        """Strategies of a sweep."""
-        return [name for name in self.names if ":" in name]
-
-    def cell(self, name: str, group: str = EVERYTHING) -> Cell:
-        return self.cells[name][group]
-
-    def probed(self, name: str) -> Instruments | None:
-        return self.instruments[name]
 
 
 def number(value: float | Estimate | None, spec: str = ".2f") -> str:
@@ -253,6 +213,13 @@ def strategies(result: Result) -> Table:
         rows.append([name, entry["about"], ", ".join(f"{key} {value}" for key, value in options.items()) or "–"])
     note = "What each name stands for; options without their d2sd_. Width 1 without a budget: all nodes are checked."
     return Table("Strategies", note, ["strategy", "what", "options"], rows)
+
+
+def all_tables(result: Result) -> list[Table]:
+    """What there is to show, in order."""
+    makers = (overview, by_group, intervals, equality, stages, ablation, blocks, headline, strategies)
+    made = [maker(result) for maker in makers]
+    return [table for table in made if table is not None and table.rows]
 
 
 def _value(estimate: Estimate | None) -> float | None:

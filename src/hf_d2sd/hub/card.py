@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from ..modeling import D2SDConfig, D2SDDrafterConfig
-from ..modeling.formats_d2sd import find_weights, read_header
+from ..modeling.weights_d2sd import find_weights, read_header
 
 TEMPLATE = Path(__file__).with_name("template.md")
 TAGS = ["speculative-decoding", "assisted-generation", "d2sd", "dflash"]

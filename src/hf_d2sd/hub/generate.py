@@ -5,7 +5,7 @@ import os
 import sys
 
 from ..modeling import D2SDAssistant
-from ..modeling.formats_d2sd import HUB_OPTIONS
+from ..modeling.weights_d2sd import HUB_OPTIONS
 
 
 def generate(model, *args, **kwargs):

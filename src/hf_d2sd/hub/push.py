@@ -8,8 +8,8 @@ from huggingface_hub import HfApi
 
 from .. import modeling
 from ..modeling import D2SDAssistant, D2SDConfig, D2SDDrafterModel
-from ..modeling.formats_d2sd import check_weights, find_weights
 from ..modeling.modeling_d2sd import CUSTOM_GENERATE
+from ..modeling.weights_d2sd import check_weights, find_weights
 from .card import read_config
 
 _CODE = {path.name: path.read_bytes() for path in Path(modeling.__file__).parent.glob("*_d2sd.py")}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..compat import attention_of
 from ..modeling import D2SDDrafterConfig
 from .features import Teacher
 from .shards import Row
@@ -146,7 +147,7 @@ def sparse_mask(anchors: Tensor, context_length: int, block_size: int, *rule: in
 
 def masks_by_layer_type(blocks: Blocks, config: D2SDDrafterConfig) -> dict:
     """What `D2SDDrafterModel.forward` takes as `attention_mask`, for its attention implementation."""
-    create = sparse_mask if config._attn_implementation == "flex_attention" else dense_mask
+    create = sparse_mask if attention_of(config) == "flex_attention" else dense_mask
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
     causal = config.causal_layer_types or ()
     return {

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import tqdm
 
-from ..integration import bind
+from ..binding import bind
 from ..modeling import D2SDAssistant, D2SDDrafterModel
 from .blocks import NO_LABEL, cut_blocks, draw_anchors, draw_prefix_lengths
 from .drafters import Trainee

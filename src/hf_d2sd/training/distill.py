@@ -15,19 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import tqdm
 
-from ..integration import tokenizer_fingerprint
-from .shards import (
-    Row,
-    batched,
-    read_json_lines,
-    read_rows,
-    read_shard,
-    refuse_other_options,
-    shard_paths,
-    write_once,
-    write_shard,
-    write_text_atomically,
-)
+from .. import records
+from ..binding import tokenizer_fingerprint
+from .shards import Row, batched, read_rows, read_shard, shard_paths, write_shard
 
 _MARK = "\u241f"  # stands for the user's words where the chat template is opened
 
@@ -94,7 +84,7 @@ def distill(options: DistillOptions) -> dict[str, int]:
     started = time.monotonic()
     writer = Writer(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    _keep_options(options, tokenizer_fingerprint(writer.tokenizer))
+    records.begin(options.out / "distill.json", _settings(options, tokenizer_fingerprint(writer.tokenizer)))
     chats = read_chats(options.prompts, options.max_prompts, options.seed)
     chats += [[text] for text in write_prompts(writer)]
     chats = without_answered(without_repetitions(chats), options.answered, writer.opening_tokens)
@@ -105,7 +95,7 @@ def distill(options: DistillOptions) -> dict[str, int]:
     for index, batch in tqdm(batches, desc="shards", smoothing=0.05):
         if options.stop_after is not None and time.monotonic() - started > 60 * options.stop_after:
             break
-        write_once(
+        records.write_once(
             options.out / f"rows-{index:05d}.safetensors",
             lambda path, index=index, batch=batch: write_shard(path, writer.answer(batch, seed=options.seed + index)),
         )
@@ -113,19 +103,10 @@ def distill(options: DistillOptions) -> dict[str, int]:
     return {**count(options.out), "missing_shards": missing}
 
 
-def _keep_options(options: DistillOptions, tokenizer: str) -> None:
-    """Remember what the shards are made of.
-
-    Raises:
-        ValueError: if the folder was begun with something else, naming what differs.
-    """
+def _settings(options: DistillOptions, tokenizer: str) -> dict:
+    """What the shards of a folder are made of, as JSON."""
     free = {"out", "device", "stop_after"}
-    here = {name: value for name, value in asdict(options).items() if name not in free} | {"tokenizer": tokenizer}
-    path = options.out / "distill.json"
-    if not path.exists():
-        write_text_atomically(path, json.dumps(here, indent=2) + "\n")
-        return
-    refuse_other_options(json.loads(path.read_text(encoding="utf-8")), here, options.out)
+    return {name: value for name, value in asdict(options).items() if name not in free} | {"tokenizer": tokenizer}
 
 
 def read_chats(paths: list[str], limit: int | None, seed: int) -> list[list[str]]:
@@ -136,7 +117,7 @@ def read_chats(paths: list[str], limit: int | None, seed: int) -> list[list[str]
     """
     chats = []
     for path in map(Path, paths):
-        found = [_user_turns(path, number, line) for number, line in read_json_lines(path)]
+        found = [_user_turns(path, number, line) for number, line in records.read_numbered(path)]
         random.Random(seed).shuffle(found)
         chats += found[:limit]
     return chats
@@ -183,7 +164,7 @@ def write_prompts(writer: "Writer") -> list[str]:
     def write(path: Path) -> None:
         index = int(path.stem)
         texts = writer.write_prompts(openings[index % len(openings)], seed=options.seed - 1 - index)
-        write_text_atomically(path, json.dumps({"prompts": texts}, ensure_ascii=False) + "\n")
+        records.write_json(path, {"prompts": texts}, indent=None)
 
     found: dict[str, None] = {}
     shown = 0  # a bar that is switched off has no count of its own
@@ -205,7 +186,7 @@ def _wait_for(folder: Path, index: int, write: Callable[[Path], None], ahead: in
     """The file of a batch; while another process writes it, this one writes batches that come after."""
     path, behind = folder / f"{index:05d}.json", 0
     while not path.exists():
-        if not write_once(folder / f"{index + behind:05d}.json", write):
+        if not records.write_once(folder / f"{index + behind:05d}.json", write):
             behind = (behind + 1) % ahead
             if not behind:
                 time.sleep(0.5)

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..drafting import draft_head, without_embed_norm
-from ..integration import tokenizer_fingerprint
+from ..binding import tokenizer_fingerprint
+from ..compat import without_embed_norm
+from ..drafting import draft_head
 from ..modeling import D2SDDrafterConfig, D2SDDrafterModel, default_target_layer_ids
 from .blocks import NO_LABEL, Blocks, masks_by_layer_type
 from .losses import Labels, slot_losses, slot_weights

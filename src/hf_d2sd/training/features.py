@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils.logging import tqdm
 
-from ..capturing import embeddings_first, select_layers
-from ..target import execution_device
-from .shards import Row, batched, read_shard, shard_paths, write_atomically, write_once
+from .. import records
+from ..compat import execution_device, read_text
+from .shards import Row, batched, read_shard, shard_paths, write_tensors
 
 
 @torch.inference_mode()
@@ -44,8 +44,7 @@ def compute_features(target, rows: Sequence[Row], layer_ids: list[int]) -> list[
     """(T, F) for each row. Padding stands on the right, out of every token's causal sight: it needs no mask."""
     tokens = nn.utils.rnn.pad_sequence([row.tokens for row in rows], batch_first=True)  # (B, T)
     tokens = tokens.to(execution_device(target.get_input_embeddings()))
-    output = target.base_model(input_ids=tokens, use_cache=False, output_hidden_states=select_layers(layer_ids))
-    states = embeddings_first(output.hidden_states, selected=True)
+    _, states = read_text(target, tokens, layer_ids)
     features = torch.cat([states[i + 1].to(tokens.device) for i in layer_ids], dim=-1)  # (B, T, F)
     return [row_features[: len(row.tokens)] for row_features, row in zip(features, rows)]
 
@@ -71,12 +70,12 @@ class TokenCache(ABC):
 
         def write(cached: Path) -> None:
             rows = read_shard(folder / cached.name)
-            write_atomically(self._of_shard(target, rows, batch_size), cached, {"rows": _digest(rows)})
+            write_tensors(cached, self._of_shard(target, rows, batch_size), {"rows": _digest(rows)})
 
         for path in tqdm(paths, desc=self.name):
-            write_once(self._beside(path), write)
+            records.write_once(self._beside(path), write)
         for path in paths:  # some may still be in the hands of another process
-            write_once(self._beside(path), write, wait=True)
+            records.write_once(self._beside(path), write, wait=True)
             self._check(self._beside(path), read_shard(path))
 
     def read(self, row: "PlacedRow") -> list[Tensor]:

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -17,17 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
+from .. import records
 from .blocks import epoch_batches
 from .options import TrainOptions
-from .shards import (
-    Row,
-    append_json_line,
-    read_json_lines,
-    read_metadata,
-    refuse_other_options,
-    write_atomically,
-    write_text_atomically,
-)
+from .shards import Row, read_metadata, write_tensors
 
 
 class TrainingRun:
@@ -176,7 +168,7 @@ class TrainingRun:
 
     def _log(self, **values) -> None:
         if self.accelerator.is_main_process:
-            append_json_line(self.options.out / "log.jsonl", {"step": self.step, **values})
+            records.append(self._log_file, {"step": self.step, **values})
         self.accelerator.log(values, step=self.step)
 
     def _evaluate(self) -> dict:
@@ -205,6 +197,10 @@ class TrainingRun:
     def _checkpoint(self) -> Path:
         return self.options.out / "checkpoint.safetensors"
 
+    @property
+    def _log_file(self) -> Path:
+        return self.options.out / "log.jsonl"
+
     def _run_options(self) -> str:
         """What must be the same for a run to go on, as JSON."""
         free = {"stop_after", *"out data target first init".split()}
@@ -226,9 +222,9 @@ class TrainingRun:
                 tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in moments.items()}
             tensors |= {f"averaged/{index}": tensor for index, tensor in enumerate(self.averaged or [])}
             tensors |= {"step": torch.tensor(self.step), "best": torch.tensor(self.best, dtype=torch.float64)}
-            write_atomically(
-                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+            write_tensors(
                 self._checkpoint,
+                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
                 {"options": self._run_options()},
             )
             _save_model(self.snapshot(), self.options.out / "last")
@@ -241,10 +237,10 @@ class TrainingRun:
             ValueError: if it is of a run with other options, naming what differs.
         """
         if not self._checkpoint.exists():
-            (self.options.out / "log.jsonl").unlink(missing_ok=True)
+            self._log_file.unlink(missing_ok=True)
             return
         there = json.loads(read_metadata(self._checkpoint)["options"])
-        refuse_other_options(there, json.loads(self._run_options()), self.options.out)
+        records.refuse_other_settings(there, json.loads(self._run_options()), self._checkpoint)
         tensors = load_file(self._checkpoint)
         self.step, self.best = int(tensors.pop("step")), float(tensors.pop("best"))
         moments: dict[int, dict[str, Tensor]] = {}
@@ -265,9 +261,8 @@ class TrainingRun:
             self._forget_log_after_checkpoint()
 
     def _forget_log_after_checkpoint(self) -> None:
-        path = self.options.out / "log.jsonl"
-        kept = [line for _, line in read_json_lines(path) if line["step"] <= self.step] if path.exists() else []
-        write_text_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in records.read(self._log_file) if line["step"] <= self.step]
+        records.write_lines(self._log_file, kept)
 
 
 def _cut(row: Row, length: int) -> Row:
@@ -276,8 +271,4 @@ def _cut(row: Row, length: int) -> Row:
 
 def _save_model(model: PreTrainedModel, folder: Path) -> None:
     """In bf16, as a folder that is there whole or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    records.write_whole(folder, model.to(torch.bfloat16).save_pretrained)

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..integration import bind
+from ..binding import bind
+from ..compat import set_attention
 from ..modeling import D2SDAssistant, D2SDDrafterModel
 from ..pairs import load_drafter
 from .blocks import Blocks, cut_blocks, draw_anchors, draw_prefix_lengths
@@ -154,7 +155,7 @@ def _new_model(
         mask_token_id=_mask_token_id(options, tokenizer, first),
     )
     config = drafter_config(target, tokenizer, rows, **changes)
-    config._attn_implementation = options.attention
+    set_attention(config, options.attention)
     return new_drafter(config, target, rows, options.init_layers, options.seed)
 
 

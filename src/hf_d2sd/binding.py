@@ -1,0 +1,133 @@
+"""Does this pair fit this target, and can D²SD decode such a call at all?"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .compat import embedding_scale, is_stateful
+from .modeling import D2SDAssistant, D2SDDrafterConfig
+
+
+def refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise ValueError(
+            "D²SD decoding is greedy search or sampling by a decoder with a key-value cache; here "
+            f"{'; '.join(reasons)}. Change that, or call generate without assistant_model."
+        )
+
+
+def unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[str]:
+    """What stands in the way, in words; empty if nothing does."""
+    name = type(target).__name__
+    reasons = {
+        f"{name} is an encoder-decoder model": target.config.is_encoder_decoder,
+        f"{name} has a recurrent state, which cannot return to an accepted prefix": is_stateful(target),
+        "use_cache is False": config.use_cache is False,
+        "synced_gpus (ZeRO-3 or FSDP) is on": mode_kwargs.get("synced_gpus"),
+        "prompt_lookup_num_tokens is set": config.prompt_lookup_num_tokens is not None,
+        "assistant_early_exit is set": config.assistant_early_exit is not None,
+        "use_mtp is on": getattr(config, "use_mtp", False),
+        "speculation_type is set, for which a single drafter is passed (assistant.first)": (
+            getattr(config, "speculation_type", None) is not None
+        ),
+        "output_attentions is on, which a tree does not give": (
+            config.output_attentions and config.return_dict_in_generate
+        ),
+        "assistant_tokenizer was passed, and drafters share the target's tokenizer": (
+            "assistant_tokenizer" in mode_kwargs
+        ),
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def bind(assistant: D2SDAssistant, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Check that drafters were made for this target.
+
+    Args:
+        tokenizer: the target's, where known; compared with the drafters' `tokenizer_fingerprint`.
+
+    Raises:
+        ValueError: naming both values, for a mismatch of vocabulary, width, layers, special tokens or tokenizer, and
+            for a missing mask token.
+    """
+    for misfit in find_misfits(assistant, target, tokenizer):
+        raise ValueError(misfit.words)
+
+
+class Misfit(NamedTuple):
+    """One way in which drafters are not a target's."""
+
+    subject: str  # vocabulary, width, layers, mask token or tokenizer
+    words: str  # with both values
+
+
+def find_misfits(
+    assistant: D2SDAssistant, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[Misfit]:
+    """All that `bind` refuses; of models their configs alone are read."""
+    for role in ("first", "second"):
+        drafter = getattr(assistant, role)
+        if drafter is not None:
+            yield from _sizes_that_differ(role, drafter.config, target)
+            yield from _wrong_tokens(role, drafter.config, tokenizer)
+
+
+def _sizes_that_differ(role: str, config: D2SDDrafterConfig, target) -> Iterator[Misfit]:
+    text = target.config.get_text_config(decoder=True)
+    layers = text.num_hidden_layers
+    expected = (
+        ("vocabulary", "vocab_size", config.vocab_size or text.vocab_size, text.vocab_size),
+        ("width", "target_hidden_size", config.target_hidden_size, text.hidden_size),
+        ("width", "hidden_size", config.hidden_size, text.hidden_size),
+        ("width", "input_embedding_scale", *_embedding_scales(config, target)),
+        ("layers", "num_target_layers", config.num_target_layers or layers, layers),
+    )
+    for subject, name, seen, wanted in expected:
+        if seen != wanted:
+            yield Misfit(
+                subject,
+                f"The {role} drafter does not fit {type(target).__name__}: its {name} is {seen}, the target's "
+                f"is {wanted}. Use drafters that were trained for this target.",
+            )
+    if max(config.target_layer_ids) >= layers:
+        yield Misfit(
+            "layers",
+            f"The {role} drafter reads target layers {config.target_layer_ids}, but the target has "
+            f"{layers} layers (ids 0 to {layers - 1}).",
+        )
+
+
+def _embedding_scales(config: D2SDDrafterConfig, target) -> tuple[float, float]:
+    """The scale of the target's embedding that a drafter wants, and the one it has; alike where nothing is known."""
+    embed = target.get_input_embeddings()
+    scale = embedding_scale(embed)
+    wanted = config.input_embedding_scale
+    if wanted is None or (isinstance(scale, Tensor) and scale.is_meta) or math.isclose(wanted, scale, rel_tol=0.01):
+        return 1.0, 1.0
+    return wanted, float(scale)
+
+
+def _wrong_tokens(role: str, config: D2SDDrafterConfig, tokenizer) -> Iterator[Misfit]:
+    if config.mask_token_id is None:
+        yield Misfit(
+            "mask token",
+            f"The {role} drafter's config has no mask_token_id: set it to the token it was trained with.",
+        )
+    if tokenizer is not None and config.tokenizer_fingerprint is not None:
+        seen = tokenizer_fingerprint(tokenizer)
+        if seen != config.tokenizer_fingerprint:
+            yield Misfit(
+                "tokenizer",
+                f"The tokenizer passed to generate has fingerprint {seen}, the {role} drafter was trained with "
+                f"{config.tokenizer_fingerprint}: the same ids would mean other words.",
+            )
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """16 hex digits that differ for tokenizers whose vocabularies differ in any token or id."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]

@@ -1,0 +1,152 @@
+"""One call of `generate`: what decoding works on is made from its arguments, and what it returns from the outcome."""
+
+import weakref
+
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
+
+from .cache import TreeCache, check_supported, save_contexts, saved_contexts
+from .captured import shapes_of
+from .choosing import Choosers, Record
+from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, pad_token
+from .decoding import Batch, decode
+from .drafting import DraftContext, Drafter
+from .modeling import D2SDAssistant
+from .observing import Observer
+from .options import DecodingOptions, settle
+from .prompts import Prompt, join_records, join_sequences, read_prompt
+from .stats import D2SDStats
+from .target import Target
+
+
+def assisted_decode(
+    assistant: D2SDAssistant,
+    target,
+    input_ids: Tensor,
+    logits_processor,
+    stopping_criteria,
+    generation_config: GenerationConfig,
+    **kwargs,
+):
+    """Decode with both drafters; takes and returns what `GenerationMixin._assisted_decoding` does.
+
+    A cache of the user's is changed only at the end: an error on the way leaves it as it was.
+
+    Raises:
+        ValueError: for an option out of range, a cache of another kind, or what a batch cannot have.
+    """
+    streamer, user_cache, model_kwargs = _sorted_out(kwargs)
+    check_supported(target.config, user_cache)
+    prompt = read_prompt(input_ids, user_cache, generation_config, model_kwargs)
+    if streamer is not None and prompt.rows > 1:
+        raise ValueError(f"A streamer takes one sequence, got a batch of {prompt.rows}: drop `streamer`.")
+    options = settle(assistant, generation_config)
+    returns_cache = _is_cache_seen(prompt, generation_config, user_cache)
+    sampling = logits_processor, stopping_criteria, bool(generation_config.do_sample)
+    choosers = Choosers(input_ids, *sampling, lambda: _empty_record(generation_config))
+    models = assistant.drafters if options.redrafts else [assistant.first]
+    worker = _open_target(target, models, prompt, generation_config, user_cache, returns_cache)
+    drafters = _open_drafters(assistant, models, worker, user_cache, options)
+    assistant.last_stats = stats = D2SDStats(
+        prompt_tokens=sum(prompt.counts),
+        attention_backend=str(worker.attention),
+        trace=[] if options.trace else None,
+    )
+    observer, shapes = Observer(stats, streamer), shapes_of(assistant, options.compile)
+    chunk_size = generation_config.prefill_chunk_size
+    passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
+    decode(Batch(worker, drafters, choosers, options), passes, observer, shapes)
+    observer.end()
+    choosers.cut()
+    output = _join_output(worker if returns_cache else None, prompt, choosers, generation_config, user_cache)
+    if prompt.rows == 1:
+        save_contexts(user_cache, (weakref.ref(assistant), [drafter.context for drafter in drafters]))
+    return output
+
+
+def _sorted_out(kwargs: dict) -> tuple:
+    """The streamer, the user's cache, and what is left for the model."""
+    streamer, user_cache = kwargs.pop("streamer", None), kwargs.pop(CACHE_NAME, None)
+    for name in ("synced_gpus", "inputs_tensor", "tokenizer", "assistant_tokenizer", "output_hidden_states"):
+        kwargs.pop(name, None)
+    return streamer, user_cache, kwargs
+
+
+def _open_drafters(
+    assistant: D2SDAssistant, models: list, worker: Target, user_cache, options: DecodingOptions
+) -> list[Drafter]:
+    contexts = _resume_contexts(assistant, user_cache, worker.positions)
+    backend = options.attention_backend
+    return [Drafter(model, worker.model, context, backend) for model, context in zip(models, contexts)]
+
+
+def _is_cache_seen(prompt: Prompt, generation_config: GenerationConfig, user_cache) -> bool:
+    """Of a batch the cache is put together only if somebody will see it."""
+    given = is_users_cache(user_cache)
+    return prompt.rows == 1 or generation_config.return_dict_in_generate or given
+
+
+def _open_target(
+    target, models: list, prompt: Prompt, generation_config: GenerationConfig, user_cache, keeps_left_rows: bool
+) -> Target:
+    """The target over the tokens in the user's cache, keeping the hidden states that the drafters `models` read."""
+    return Target(
+        target,
+        TreeCache.take_over(target.config, user_cache, prompt.seen),
+        {layer for model in models for layer in model.config.target_layer_ids},
+        prompt.rows,
+        all_hidden_states=_empty_record(generation_config).hidden_states is not None,
+        backend=generation_config.d2sd_attention_backend,
+        keeps_left_rows=keeps_left_rows,
+    )
+
+
+def _join_output(
+    worker: Target | None, prompt: Prompt, choosers: Choosers, generation_config: GenerationConfig, user_cache
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """What plain `generate` would return: (B, L) tokens, or all that `return_dict_in_generate` asks for.
+
+    Args:
+        worker: whose cache goes back to the user; `None` if nobody will see it.
+    """
+    sequences = join_sequences(choosers, pad_token(generation_config))
+    if worker is not None:
+        _give_back(worker, prompt, choosers, sequences, user_cache)
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    records = join_records([chooser.record for chooser in choosers.rows], prompt)
+    return GenerateDecoderOnlyOutput(sequences=sequences, **{CACHE_NAME: user_cache}, **vars(records))
+
+
+def _give_back(worker: Target, prompt: Prompt, choosers: Choosers, sequences: Tensor, user_cache) -> None:
+    """Leave in the user's cache what plain decoding would have: for rows that ended early also their padding."""
+    generated = [chooser.length - choosers.prompt_length for chooser in choosers.rows]
+    if prompt.rows > 1:
+        worker.rejoin()
+        worker.crop(prompt.lengths(generated))
+        missing = [max(generated) - count for count in generated]
+        if any(missing):
+            behind = [row[len(row) - count - 1 : -1] for row, count in zip(sequences, missing)]
+            worker.append(pad_sequence(behind, batch_first=True), missing)
+    worker.cache.give_back(user_cache, prompt.columns_after(max(generated)))
+
+
+def _empty_record(config: GenerationConfig) -> Record:
+    """With an empty tuple for everything that `return_dict_in_generate` shall return."""
+    wanted = {
+        "scores": config.output_scores,
+        "logits": config.output_logits,
+        "hidden_states": config.output_hidden_states,
+    }
+    return Record(**{name: () for name, on in wanted.items() if on and config.return_dict_in_generate})
+
+
+def _resume_contexts(assistant: D2SDAssistant, cache, positions: list[int]) -> list[DraftContext | None]:
+    """For each drafter, what it knows of the tokens in a cache that an earlier call returned; `None`: nothing."""
+    owner, contexts = saved_contexts(cache) or (None, [])
+    if owner is None or owner() is not assistant or len(positions) > 1:
+        contexts = []
+    for context in contexts:
+        context.cut(positions[0])
+    return [*contexts, None, None][:2]

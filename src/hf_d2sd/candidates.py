@@ -1,0 +1,198 @@
+"""What drafters propose, and the candidates for a tree that it makes: merged, or the likeliest by all drafts.
+
+A drafter gives each position of a block a distribution of its own, whatever tokens stand before it in the block. As
+published, D²SD merges whole drafts, of which each has one token at a position. Under one such distribution the
+likeliest paths are found best first (DDTree, arXiv 2604.12989). Where the second drafter goes on after some of them,
+its distributions count below such a path: they know the path's tokens.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .tree import Candidates, CandidateTree
+
+
+@dataclass(frozen=True)
+class Draft:
+    """R drafts of each of B rows: at each of D positions after the anchor the W likeliest tokens, best first.
+
+    The first `kept` positions of a draft are a prefix that it was given: column 0 holds that prefix's tokens, and the
+    probabilities with which they were drafted.
+    """
+
+    tokens: Tensor  # (B, R, D, W)
+    confidence: Tensor  # (B, R, D, W), the drafter's probability of each: Eq. 3 of arXiv 2606.04446
+    log_probs: Tensor  # (B, R, D, W), its log, which does not underflow; -inf where a draft says nothing
+    kept: Tensor  # (B, R)
+    logits: Tensor | None = None  # (B, R, D, V'), over the confidence temperatures
+
+    @classmethod
+    def of(cls, tokens: Tensor, confidence: Tensor, kept: Tensor | None = None) -> "Draft":
+        """Drafts of one token a position: both (B, R, D); `kept` (B, R) is 0 by default."""
+        kept = tokens.new_zeros(tokens.shape[:2]) if kept is None else kept
+        return cls(tokens[..., None], confidence[..., None], confidence.log()[..., None], kept)
+
+    @property
+    def depth(self) -> int:
+        return self.tokens.shape[2]
+
+    @property
+    def best(self) -> Tensor:
+        """(B, R, D), the likeliest token of each position, or the one that was kept."""
+        return self.tokens[..., 0]
+
+    @property
+    def best_confidence(self) -> Tensor:
+        """(B, R, D), its probability."""
+        return self.confidence[..., 0]
+
+    def cut(self, lengths: Tensor, owner: Tensor | None = None) -> "Draft":
+        """Prefixes to draft on from: K of them, the first `lengths` (B, K) tokens of the drafts `owner` (B, K).
+
+        Without `owner` all are of the first draft.
+        """
+        if owner is None:
+            tokens, confidence = (x[:, :1].expand(-1, lengths.shape[1], -1) for x in (self.best, self.best_confidence))
+        else:
+            index = owner[..., None].expand(-1, -1, self.depth)
+            tokens, confidence = (x.gather(1, index) for x in (self.best, self.best_confidence))
+        return Draft.of(tokens, confidence, lengths)
+
+    def after(self, prefixes: "Draft") -> "Draft":
+        """The same drafts, as ones that went on from these prefixes."""
+        size = min(self.depth, prefixes.depth)
+        kept = torch.arange(size, device=self.tokens.device) < prefixes.kept[..., None]  # (B, R, size)
+        filled = {}
+        for name in ("tokens", "confidence", "log_probs"):
+            filled[name] = mine = getattr(self, name).clone()
+            mine[..., :size, 0] = torch.where(kept, getattr(prefixes, name)[..., :size, 0], mine[..., :size, 0])
+        return replace(self, **filled, kept=prefixes.kept)
+
+    def followed_by(self, other: "Draft") -> "Draft":
+        """All drafts of both, as deep as the deeper one."""
+        depth = max(self.depth, other.depth)
+        mine, its = (draft.deepened(depth) for draft in (self, other))
+        names = ("tokens", "confidence", "log_probs", "kept")
+        return Draft(*(torch.cat([getattr(draft, name) for draft in (mine, its)], dim=1) for name in names))
+
+    def deepened(self, depth: int) -> "Draft":
+        """Of at least that depth, with nothing said of the positions that come to it."""
+        more = (0, 0, 0, depth - self.depth)
+        if depth <= self.depth:
+            return self
+        return Draft(
+            pad(self.tokens, more), pad(self.confidence, more), pad(self.log_probs, more, value=-torch.inf), self.kept
+        )
+
+
+def merge(first: Draft, redrafts: Draft | None = None) -> Candidates:
+    """The best token of each position of all drafts, shared prefixes once: D²SD's tree as published.
+
+    A node's score is the log of the product of confidences along its path; where several drafts share the node, the
+    highest counts.
+
+    Args:
+        first: the first blocks, R = 1.
+        redrafts: whole drafts, kept tokens included.
+    """
+    drafts = first if redrafts is None else first.followed_by(redrafts)
+    rows, count, depth, _ = drafts.tokens.shape
+    at = torch.arange(depth, device=drafts.tokens.device)
+    exists = (at < first.depth) | (torch.arange(count, device=at.device) > 0)[:, None]  # (R, D)
+    owner, scores = _share(drafts.best, drafts.best_confidence.log(), exists)
+    own = exists & (owner == torch.arange(count, device=at.device)[:, None])  # each node once
+    # Depth by depth, and within a depth draft by draft: the parent of depth d stands among those of depth d - 1.
+    above = pad(owner, (1, 0))[..., :-1] + count * (at - 1)
+    parents = torch.where(at > 0, above, -1)
+    by_depth = (x.transpose(1, 2).flatten(1) for x in (drafts.best, parents, scores, own))
+    tokens, parents, scores, own = by_depth
+    return Candidates(
+        tokens=tokens,
+        parents=parents,
+        depths=(at + 1).repeat_interleave(count),
+        scores=scores,
+        ranks=torch.arange(count, device=at.device).repeat(depth).expand(rows, -1),
+        exists=own,
+        deepest=depth,
+        chains=count,
+    )
+
+
+def _share(tokens: Tensor, log_confidence: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+    """The first draft that has each node too, and the node's score; all (B, R, D), `exists` (R, D)."""
+    # Drafts r and s share their node at depth d if they agree at every depth up to d.
+    shared = (tokens[:, :, None] == tokens[:, None]).cumprod(-1).bool()  # (B, R, R, D)
+    shared &= exists[:, None] & exists
+    # cummin: a scan must not round a child above its parent
+    reached = log_confidence.cumsum(-1).cummin(-1).values
+    return shared.int().argmax(2), torch.where(shared, reached[:, None], -torch.inf).amax(2)
+
+
+def expand(drafts: Draft, budget: int) -> Candidates:
+    """The likeliest nodes by all drafts, found level by level, at most `budget` - 1 in each.
+
+    A path's probability is the product of its tokens' probabilities, each by the draft with the longest prefix on the
+    path. It never rises on the way down, so that the best nodes of all levels are among these.
+
+    Args:
+        drafts: the first blocks, then those that go on after prefixes of their paths.
+        budget: nodes of the tree, the anchor included, at least 2.
+    """
+    rows, count, depth, width = drafts.tokens.shape
+    device = drafts.tokens.device
+    each = torch.arange(rows, device=device)[:, None]
+    prefixes, ends = drafts.best[:, 1:], drafts.kept[:, 1:]  # (B, R - 1, D), (B, R - 1)
+    score = drafts.log_probs.new_zeros(rows, 1)
+    draft = each.new_zeros(rows, 1)  # whose tokens a node's children are
+    on_path = torch.ones(rows, 1, count - 1, dtype=torch.bool, device=device)  # is it a node of that prefix?
+    levels, first_parent = [], 0  # among the nodes of all levels, where the present parents begin
+    for level in range(depth):
+        scores = score[..., None] + drafts.log_probs[each, draft, level]  # (B, n, W)
+        best = scores.flatten(1).topk(min(budget - 1, scores[0].numel()), dim=1)  # (B, m)
+        parent, score = best.indices // width, best.values
+        token = drafts.tokens[each, draft, level].flatten(1).gather(1, best.indices)
+        draft = draft.gather(1, parent)
+        levels.append((token, parent + first_parent if level else parent - 1, score, draft))
+        first_parent += scores.shape[1] if level else 0
+        if count > 1:
+            on_path = on_path[each, parent] & (prefixes[:, None, :, level] == token[..., None])
+            ending = on_path & (ends[:, None] == level + 1)
+            draft = torch.where(ending.any(-1), ending.int().argmax(-1) + 1, draft)
+    return _all_levels(levels)
+
+
+def _all_levels(levels: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Candidates:
+    tokens, parents, scores, ranks = (torch.cat(part, dim=1) for part in zip(*levels))  # (B, all)
+    sizes = torch.tensor([level[0].shape[1] for level in levels])
+    depths = torch.arange(1, len(levels) + 1).repeat_interleave(sizes).to(tokens.device)
+    return Candidates(tokens, parents, depths, scores, ranks, scores > -torch.inf, len(levels))
+
+
+def count_nodes(budget: int, width: int, depth: int) -> int:
+    """How many nodes, fillers included, a tree of `budget` nodes has from drafts of that width and depth."""
+    level = nodes = 1
+    for _ in range(depth):
+        level = min(budget - 1, level * width)
+        nodes += level
+    return min(budget, nodes)
+
+
+def likeliest_prefixes(anchor: Tensor, first: Draft, count: int, longest: int) -> Draft:
+    """The K = `count` likeliest paths under the first draft alone, `longest` deep at most, to draft on from.
+
+    Where fewer exist, the rest are of length 0. Their probabilities play no part in what follows and are 1.
+    """
+    depth = torch.full_like(anchor, longest)
+    candidates = expand(first, count + 1)
+    tree = CandidateTree.from_candidates(anchor, candidates, budget=count + 1, max_depth=depth, fixed_size=True)
+    node = torch.arange(1, len(tree), device=anchor.device).expand(len(anchor), -1)  # (B, K)
+    tokens = anchor.new_zeros(*node.shape, first.depth)
+    for _ in range(min(longest, first.depth)):
+        at = (tree.depths.gather(1, node) - 1)[..., None]  # -1 at the anchor
+        token = torch.where(at >= 0, tree.tokens.gather(1, node)[..., None], tokens[..., :1])
+        tokens = tokens.scatter(2, at.clamp(min=0), token)
+        node = tree.parents.gather(1, node).clamp(min=0)
+    return Draft.of(tokens, torch.ones_like(tokens, dtype=first.confidence.dtype), tree.depths[:, 1:])

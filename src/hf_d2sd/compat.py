@@ -1,0 +1,276 @@
+"""Every name, flag and private attribute of Transformers that the library stands on: a new release is met here alone.
+
+What the networks need of it is in `modeling.compat_d2sd`, which Hub repositories hold too.
+"""
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, GenerationConfig
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    logits_process,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerationMixin
+from transformers.utils import output_capturing
+
+from .modeling import CACHE_NAME
+
+# The dispatch --------------------------------------------------------------------------------------------------------
+
+PLAIN_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.ASSISTED_GENERATION)
+
+
+def wrap_mode(wrapper: Callable) -> None:
+    """Let `wrapper(stock, config, assistant_model)` say in which mode `generate` decodes."""
+    _wrap(GenerationConfig, "get_generation_mode", wrapper)
+
+
+def wrap_validation(wrapper: Callable) -> None:
+    """Let `wrapper(stock, target, mode, config, mode_kwargs)` check what a call asks for."""
+    _wrap(GenerationMixin, "_validate_generation_mode", wrapper)
+
+
+def wrap_assisted_decoding(wrapper: Callable) -> None:
+    """Let `wrapper(stock, target, input_ids, ...)` decode with an assistant."""
+    _wrap(GenerationMixin, "_assisted_decoding", wrapper)
+
+
+def _wrap(owner: type, name: str, wrapper: Callable) -> None:
+    """Replace a method by `wrapper(stock, ...)`, once, keeping the stock signature."""
+    stock = getattr(owner, name)
+    if getattr(stock, "_hf_d2sd_wrapped", False):
+        return
+
+    @functools.wraps(stock)
+    def wrapped(self, *args, **kwargs):
+        return wrapper(stock, self, *args, **kwargs)
+
+    vars(wrapped)["_hf_d2sd_wrapped"] = True
+    setattr(owner, name, wrapped)
+
+
+# What a call brings --------------------------------------------------------------------------------------------------
+
+
+def is_stateful(target) -> bool:
+    """Whether a model has a state beside keys and values."""
+    return target._is_stateful
+
+
+def is_users_cache(cache: Cache) -> bool:
+    """Whether the user passed this cache, and `generate` did not make it."""
+    return getattr(cache, "_is_user_defined", False)
+
+
+def pad_token(generation_config: GenerationConfig) -> Tensor | None:
+    return generation_config._pad_token_tensor
+
+
+def full_length(generation_config: GenerationConfig, attention_mask: Tensor | None) -> int:
+    """Columns of the prompt with what is cached of it; -1 where it is not known. A mask of ones is not handed on."""
+    return attention_mask.shape[1] if attention_mask is not None else getattr(generation_config, "_mask_length", -1)
+
+
+# The forward ---------------------------------------------------------------------------------------------------------
+
+# From 5.23 on a list of entries counts as the full tuple does, embeddings first; before, it counts layers alone.
+_EMBEDDINGS_COUNT = hasattr(output_capturing, "selected_hidden_states")
+
+
+def captured_layers(layer_ids: Iterable[int]) -> list[int]:
+    """What `capture` has to be for a forward to hand out the outputs of these layers, and no others."""
+    return sorted(layer + _EMBEDDINGS_COUNT for layer in layer_ids)
+
+
+def prompt_inputs(model, input_ids: Tensor, size: int, cache: Cache, model_kwargs: dict) -> dict:
+    """What a forward takes for the last `size` tokens of a prompt, as `generate` would make it."""
+    kwargs = {**model_kwargs, CACHE_NAME: cache}
+    return model.prepare_inputs_for_generation(input_ids, next_sequence_length=size, is_first_iteration=True, **kwargs)
+
+
+def with_logits_of(model_kwargs: dict, columns: Tensor) -> dict:
+    """The same inputs, asking for the logits of these tokens alone, where the model can be asked."""
+    return {**model_kwargs, "logits_to_keep": columns} if "logits_to_keep" in model_kwargs else model_kwargs
+
+
+def tree_inputs(tokens: Tensor, positions: Tensor, attention_mask, cache: Cache) -> dict:
+    """What a forward takes for a tree's nodes (B, N)."""
+    inputs = dict(input_ids=tokens, position_ids=positions, attention_mask=attention_mask, use_cache=True)
+    return {**inputs, CACHE_NAME: cache}
+
+
+def forward(run: Callable, inputs: dict, capture: list[int] | bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The model's logits (B, T, V), and hidden states with entry i + 1 for the output of layer i.
+
+    Args:
+        capture: which layers' outputs to hand out, see `captured_layers`; True: all.
+    """
+    output = run(**inputs, output_hidden_states=capture, return_dict=True)
+    return output.logits, _embeddings_first(output.hidden_states, capture is not True)
+
+
+def read_text(target, tokens: Tensor, layer_ids: Iterable[int]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The target's last hidden state (B, T, H) for tokens (B, T), and these layers' outputs, as `forward` has them."""
+    capture = captured_layers(layer_ids)
+    output = target.base_model(input_ids=tokens, use_cache=False, output_hidden_states=capture)
+    return output.last_hidden_state, _embeddings_first(output.hidden_states, True)
+
+
+def _embeddings_first(hidden_states: tuple[Tensor | None, ...], selected: bool) -> tuple[Tensor | None, ...]:
+    return hidden_states if _EMBEDDINGS_COUNT or not selected else (None, *hidden_states)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate's hooks bring them from an offload."""
+    hook = getattr(module, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        device = next((tensor.device for tensor in [*module.parameters(), *module.buffers()]), "cpu")
+    return torch.device(device)
+
+
+@contextlib.contextmanager
+def without_embed_norm(embed: nn.Module) -> Iterator[None]:
+    """Some targets norm their embeddings inside the module; drafters read them before that norm, as native DFlash."""
+    norm = getattr(embed, "embed_norm", None)
+    if norm is None:
+        yield
+        return
+    try:
+        embed.embed_norm = nn.Identity()
+        yield
+    finally:
+        embed.embed_norm = norm
+
+
+def embedding_scale(embed: nn.Module) -> float | Tensor:
+    """What a module multiplies its embeddings by."""
+    return getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0))
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def register_attention(name: str, attend: Callable, make_mask: Callable) -> None:
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, make_mask)
+
+
+def attention_of(config) -> str:
+    """The name of the attention implementation of a model with this config."""
+    return config._attn_implementation or "eager"
+
+
+def set_attention(config, name: str) -> None:
+    config._attn_implementation = name
+
+
+@contextlib.contextmanager
+def attention_within(config, name: str) -> Iterator[None]:
+    """Within, a model with this config attends by the implementation of that name; also after an error as before."""
+    own = config._attn_implementation_internal
+    try:
+        config._attn_implementation_internal = name
+        yield
+    finally:
+        config._attn_implementation_internal = own
+
+
+def takes_attention_functions(decoder) -> bool:
+    return getattr(decoder, "_supports_attention_backend", False)
+
+
+def has_sdpa(decoder) -> bool:
+    return getattr(decoder, "_supports_sdpa", False)
+
+
+def compiled_everywhere() -> CompileConfig:
+    """Settings by which `generate` compiles a static cache's passes on a CPU too."""
+    config = CompileConfig(dynamic=False)
+    config._compile_all_devices = True
+    return config
+
+
+# Caches --------------------------------------------------------------------------------------------------------------
+
+
+def layer_types_of(config) -> tuple[list[str], list[dict]]:
+    """Of a decoder's layers the types, by Transformers' names, and what their caches are made with."""
+    return get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+
+
+# Logits processors ---------------------------------------------------------------------------------------------------
+
+_OF_ROWS = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
+_WITH_STATE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
+def keeps_state_of_batch(processor) -> bool:
+    return isinstance(processor, _WITH_STATE)
+
+
+def is_stock_processor(processor) -> bool:
+    return type(processor).__module__ == logits_process.__name__
+
+
+def processor_of_row(processor, row: int, rows: int):
+    """A stock processor as it treats one row of a batch of `rows`, when it sees that row alone.
+
+    Most look at each row by itself. Of those that know the batch's prompts, or are told which row they see, a copy.
+    """
+    if not isinstance(processor, _OF_ROWS):
+        return processor
+    one = copy.copy(processor)
+    if isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed = processor._prefix_allowed_tokens_fn
+        one._prefix_allowed_tokens_fn, one._num_beams = (lambda _, ids: allowed(row, ids)), 1
+    elif isinstance(processor, EncoderNoRepeatNGramLogitsProcessor):
+        at = row * processor.batch_size // rows  # of the prompts before they are repeated for num_return_sequences
+        one.generated_ngrams, one.batch_size = processor.generated_ngrams[at : at + 1], 1
+    elif isinstance(processor, RepetitionPenaltyLogitsProcessor):
+        ignored = getattr(processor, "prompt_ignore_length", None)  # by row, where there is padding
+        if isinstance(ignored, Tensor):
+            at = row * len(ignored) // rows
+            one.prompt_ignore_length = ignored[at : at + 1]
+    else:
+        at = row * len(processor.encoder_input_ids) // rows
+        one.encoder_input_ids = processor.encoder_input_ids[at : at + 1]
+    return one
+
+
+__all__ = [
+    "CACHE_NAME",
+    "PLAIN_MODES",
+    "BaseStreamer",
+    "Cache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "EosTokenCriteria",
+    "GenerateDecoderOnlyOutput",
+    "LogitsProcessorList",
+    "MaxLengthCriteria",
+    "StoppingCriteriaList",
+]

@@ -1,0 +1,132 @@
+"""How a cycle's tree is grown: one policy each, all of them functions of the state that a cycle starts from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .candidates import Draft, expand, likeliest_prefixes, merge
+from .drafting import Drafter
+from .prefixes import select_deeper_prefixes, select_prefix_lengths
+from .tree import Candidates, CandidateTree
+
+if TYPE_CHECKING:
+    from .options import DecodingOptions
+
+
+@dataclass(frozen=True)
+class State:
+    """What a cycle starts from: the last committed tokens, and the drafters with what they know of the text."""
+
+    anchors: Tensor  # (B,)
+    drafters: list[Drafter]  # first and second; the first alone for no branches
+    options: "DecodingOptions"
+    rooms: list[int] | None = None  # by row, how many tokens may still be emitted; `None`: no limit
+    fixed_shapes: bool = False  # whether all cycles must have tensors of the same shapes
+
+    @property
+    def has_room(self) -> bool:
+        """Whether some row may emit more than the target's own next token."""
+        return self.rooms is None or max(self.rooms) > 1 or self.fixed_shapes
+
+    def draft(self, width: int = 1) -> Draft:
+        """The first drafter's blocks after the anchors."""
+        return self.drafters[0].draft(self.anchors, self.options.block_size, width)
+
+    def select(self, draft: Draft, block_size: int) -> Draft:
+        """The K prefixes of the first blocks that will most likely be all that is accepted of them."""
+        return draft.cut(select_prefix_lengths(draft.best_confidence[:, 0], self.options.num_branches, block_size))
+
+    def redraft(self, prefixes: Draft, width: int = 1) -> Draft:
+        """The second drafter's blocks after these prefixes."""
+        return self.drafters[1].redraft(self.anchors, prefixes, self.options.second_block_size, width)
+
+    def tree(self, candidates: Candidates, fixed_size: bool = False) -> CandidateTree:
+        """The best nodes: no more than the budget, none deeper than what may be emitted for it."""
+        max_depth = None if self.rooms is None else torch.tensor(self.rooms, device=self.anchors.device) - 1
+        return CandidateTree.from_candidates(
+            self.anchors,
+            candidates,
+            budget=self.options.tree_budget,
+            max_depth=max_depth,
+            fixed_size=fixed_size or self.fixed_shapes or self.anchors.device.type == "cuda",
+        )
+
+
+def paper(state: State) -> CandidateTree:
+    """D²SD as published: re-draft where the first block will likely be rejected (Section 3.3 of arXiv 2606.04446)."""
+    draft = state.draft()  # 1 draft
+    prefixes = state.select(draft, state.options.second_block_size)  # 2 select
+    branches = state.redraft(prefixes)  # 3 redraft
+    return state.tree(merge(draft, branches))  # 4 tree
+
+
+def levels(state: State) -> CandidateTree:
+    """The same, and the second drafter goes on, level by level, where its own re-drafts will likely be rejected."""
+    size = state.options.second_block_size
+    draft = state.draft()
+    branches = latest = state.redraft(state.select(draft, size))
+    for _ in range(state.options.levels - 2):
+        count = latest.kept.shape[1]
+        owner, lengths = select_deeper_prefixes(latest.best, latest.best_confidence, latest.kept, count, size)
+        latest = state.redraft(latest.cut(lengths, owner))
+        branches = branches.followed_by(latest)
+    return state.tree(merge(draft, branches))
+
+
+def samples(state: State) -> CandidateTree:
+    """The paper's ablation: branches are draws from the first draft's own distributions, without a second drafter."""
+    draft = state.draft()
+    prefixes = state.select(draft, state.options.block_size)
+    return state.tree(merge(draft, state.drafters[0].sample(draft, prefixes)))
+
+
+def chain(state: State) -> CandidateTree:
+    """The first draft alone, as DFlash (arXiv 2602.06036) decodes."""
+    return state.tree(merge(state.draft()))
+
+
+def wide(state: State) -> CandidateTree:
+    """The likeliest nodes by both drafters: the second re-drafts after the K likeliest paths of the first."""
+    options, drafts = state.options, state.draft(state.options.tree_width)
+    if options.redrafts:
+        longest = options.second_block_size - 2  # a position is left to draft
+        prefixes = likeliest_prefixes(state.anchors, drafts, options.num_branches, longest)
+        drafts = drafts.followed_by(state.redraft(prefixes, options.tree_width))
+    assert options.tree_budget is not None
+    return state.tree(expand(drafts, options.tree_budget), fixed_size=True)
+
+
+def plain(state: State) -> CandidateTree:
+    """Nothing drafted: plain decoding."""
+    return CandidateTree.anchor_only(state.anchors)
+
+
+@dataclass(frozen=True)
+class BranchSource:
+    """Who writes the branches of a tree of width 1."""
+
+    policy: Callable[[State], CandidateTree]
+    redrafts: bool  # whether the second drafter does
+
+
+# By name, what `d2sd_branch_source` chooses among.
+BRANCH_SOURCES = {"second": BranchSource(paper, redrafts=True), "samples": BranchSource(samples, redrafts=False)}
+
+
+def policy_of(options: "DecodingOptions") -> Callable[[State], CandidateTree]:
+    """The policy that a call's options name."""
+    if options.tree_budget == 1:
+        return plain
+    if options.tree_width > 1:
+        return wide
+    if options.num_branches == 0:
+        return chain
+    return levels if options.levels > 2 else BRANCH_SOURCES[options.branch_source].policy
+
+
+def grow(state: State) -> CandidateTree:
+    """The candidates after the anchors, by the policy of the call's options; at most as deep as there is room for."""
+    return policy_of(state.options)(state) if state.has_room else plain(state)
