@@ -120,8 +120,10 @@ def work(args, shard: int) -> None:
     """Answer this shard's prompts that no row is written for yet."""
     torch.set_num_threads(1)
     target, tokenizer = load_smollm2(torch.float32)
-    entries = read_prompts(args.prompts)[: args.max_prompts]
+    entries = read_prompts(args.prompts)
     names = sorted({entry["key"].rpartition("#")[0] for entry in entries})
+    if args.max_prompts is not None:
+        names = sorted(random.Random(0).sample(names, min(args.max_prompts, len(names))))
     mine = {name for i, name in enumerate(names) if i % args.workers == shard}
     entries = [entry for entry in entries if entry["key"].rpartition("#")[0] in mine]
     assistant = hf_d2sd.D2SDAssistant.from_pretrained(args.pair, dtype=torch.float32)
@@ -184,7 +186,7 @@ def main() -> int:
     parser.add_argument("--prompts", nargs="+", type=Path, default=sorted((HERE / "prompts").glob("*.jsonl")))
     parser.add_argument("--pair", default=str(PAIR))
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--max-prompts", type=int)
+    parser.add_argument("--max-prompts", type=int, help="so many, drawn at random, with all their turns")
     parser.add_argument("--batch-size", type=int, default=16, help="of plain generate")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--work", type=Path, default=HERE / "results" / "equality-smollm2")

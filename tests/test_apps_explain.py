@@ -15,6 +15,7 @@ from hf_d2sd import Cycle, D2SDStats
 from hf_d2sd.apps import explain as module
 from hf_d2sd.apps.explain import ExplainOptions, explain, token_name, token_texts
 from hf_d2sd.apps.page import Page, kept_prefixes, lay_out, render
+from hf_d2sd.tree import HostTree
 
 VOID = {"meta", "br"}
 
@@ -103,7 +104,8 @@ def test_kept_prefixes_are_the_drafted_nodes_above_each_branch():
 def page_of(names: list[str], cycle: Cycle = CYCLE) -> Page:
     stats = D2SDStats(trace=[cycle])
     stats.add_first_tokens(1)
-    stats.add_cycle(cycle.path, cycle.parents, cycle.depths, cycle.ranks, [0, 1, 1, 1, 2, 2])
+    columns = cycle.tokens, cycle.parents, cycle.depths, cycle.ranks, [0, 1, 1, 1, 2, 2], [0] * len(cycle.tokens)
+    stats.add_cycle(cycle.path, HostTree(*columns))
     reply = [names[0], *(names[token] for token in cycle.emitted)]
     return Page(names[0], reply, dict(enumerate(names)), stats, [cycle], {names[0]: names[1]})
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from test_training import data, first, fresh_accelerator, target  # noqa: F401
-from tiny import OracleDrafts, prompt, tiny_drafter, tiny_target
+from tiny import WIDTH, OracleDrafts, prompt, tiny_drafter, tiny_target
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
 from hf_d2sd.drafting import Drafter
@@ -57,10 +57,14 @@ def test_decoding_uses_them():
     temperatures = [0.5, 2.0, 4.0]
     plain, calibrated = tiny_drafter(4), tiny_drafter(4, confidence_temperatures=temperatures)
     logits = torch.randn(2, 3, 24)
-    drafts = [Drafter(model, tiny_target())._read(logits, logits.device) for model in (plain, calibrated)]
+    drafts = []
+    for model in (plain, calibrated):
+        drafter = Drafter(model, tiny_target())
+        drafter._head = lambda hidden: logits.view(1, 6, 24)
+        drafts.append(drafter._read(torch.zeros(1, 8, WIDTH), torch.float32, torch.zeros(1, 2, 4).long(), 1))
     assert drafts[0].tokens.equal(drafts[1].tokens)
     expected = (logits / torch.tensor(temperatures)[:, None]).softmax(-1).max(-1).values
-    torch.testing.assert_close(drafts[1].confidence, expected)
+    torch.testing.assert_close(drafts[1].best_confidence[0], expected)
 
 
 def test_text_stays_the_targets(monkeypatch):

@@ -64,8 +64,8 @@ def test_commands_have_the_options_that_are_named(page, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["hf-d2sd"])
     for block in blocks(page, ""):
         for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if words[:1] == ["hf-d2sd"] and words[1] in COMMANDS:
+            words = shlex.split(line, comments=True) if line.startswith("hf-d2sd ") else []
+            if words and words[1] in COMMANDS:
                 module, options, _ = COMMANDS[words[1]]
                 parser = HfArgumentParser(getattr(importlib.import_module(f"hf_d2sd.{module}"), options))
                 parser.parse_args_into_dataclasses(words[2:])
@@ -112,8 +112,8 @@ def test_commands_run(workplace, monkeypatch, capsys):
     for page in PAGES:
         for block in blocks(page, ""):
             for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words[:1] != ["hf-d2sd"] or (words[1] == "push" and "--dry_run" not in words):
+                words = shlex.split(line, comments=True) if line.startswith("hf-d2sd ") else []
+                if not words or (words[1] == "push" and "--dry_run" not in words):
                     continue
                 if words[1] in ("generate", "chat", "explain", "doctor"):  # by then the pair is there
                     words = [

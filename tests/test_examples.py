@@ -111,13 +111,14 @@ class TestTheTextOfSmollm2:
             }
 
     def test_is_cut_into_small_shards_where_it_is_trained_on(self, tmp_path):
-        """With rows of a kind; the script then ends, since there is no target."""
+        """With rows of a kind; the script then ends, since there is no first drafter to go on from."""
         rows = [Row(torch.arange(i % 7 + 2), 1) for i in range(300)]
         source, out = tmp_path / "source" / "text", tmp_path / "out"
         source.mkdir(parents=True)
         (out / "target").mkdir(parents=True)
         write_shard(source / "rows-00000.safetensors", rows)
         environment = {**os.environ, "PYTHON": sys.executable, "TEXT": str(source.parent), "PARTS": "text"}
+        environment |= {"ONLY": "second", "INIT": str(tmp_path / "nowhere")}
         for _ in range(2):  # a second call finds them there
             subprocess.run([SCRIPT, out], env=environment, capture_output=True, check=False)
             assert [len(read_shard(path)) for path in shard_paths(out / "text")] == [128, 128, 44]

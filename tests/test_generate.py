@@ -181,7 +181,7 @@ class TestReturnedValues:
         assert got.sequences.tolist() == expected.sequences.tolist()
         for name in ("scores", "logits"):
             for one, other in zip(getattr(got, name), getattr(expected, name), strict=True):
-                torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4)
+                torch.testing.assert_close(one, other, atol=1e-3, rtol=2e-4)
         for one, other in zip(got.hidden_states, expected.hidden_states, strict=True):
             assert len(one) == LAYERS + 1
             for layer, plain_layer in zip(one, other, strict=True):

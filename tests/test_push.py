@@ -17,7 +17,7 @@ from tiny import prompt, tiny_assistant, tiny_drafter, tiny_target
 from hf_d2sd.cli import main
 from hf_d2sd.hub.push import PushOptions, checked_files, push
 
-CODE = ["configuration_d2sd.py", "formats_d2sd.py", "modeling_d2sd.py", "weights_d2sd.py"]
+CODE = ["compat_d2sd.py", "configuration_d2sd.py", "formats_d2sd.py", "modeling_d2sd.py", "weights_d2sd.py"]
 CUSTOM = ["custom_generate/generate.py", "custom_generate/requirements.txt"]
 FILES = sorted(["README.md", "config.json", "model.safetensors", "plot.png", *CODE, *CUSTOM])
 SCRIPT = """

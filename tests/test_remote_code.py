@@ -16,6 +16,7 @@ from hf_d2sd.modeling.modeling_d2sd import CUSTOM_GENERATE
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVED_FILES = [
+    "compat_d2sd.py",
     "config.json",
     "configuration_d2sd.py",
     "custom_generate",

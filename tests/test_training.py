@@ -391,7 +391,8 @@ class TestARun:
         settings = dict(role="second", first=str(first / "last"), on_policy=0.5)
         train(options(target, data, tmp_path / "second", **settings))
         assert {line["step"] for line in log_of(tmp_path / "second") if "acceptance_length" in line} == {8, 16}
-        join(JoinOptions(str(first / "best"), str(tmp_path / "pair"), str(tmp_path / "second" / "best")))
+        parts = dict(first=str(first / "best"), second=str(tmp_path / "second" / "best"))
+        join(JoinOptions(**parts, out=str(tmp_path / "pair")))
         model = tf.AutoModelForCausalLM.from_pretrained(target).eval()
         pair = D2SDAssistant.from_pretrained(tmp_path / "pair", dtype=torch.float32)
         prompt = torch.tensor([[1, 5, 6, 2]])
