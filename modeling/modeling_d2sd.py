@@ -6,6 +6,7 @@ This file is also the Hub's remote code for drafter repositories: it needs torch
 
 import os
 import sys
+import threading
 from functools import partial
 from typing import cast
 
@@ -283,10 +284,31 @@ def _no_later_key(batch, head, query, key):
     return key <= query
 
 
+class _LatestStats:
+    """The latest call's counts, by thread. They are of this object: a copy begins without any."""
+
+    def __init__(self):
+        self._of_thread, self._of_all = threading.local(), None
+
+    def put(self, stats) -> None:
+        self._of_thread.stats = self._of_all = stats
+
+    @property
+    def stats(self):
+        return getattr(self._of_thread, "stats", self._of_all)
+
+    def __deepcopy__(self, memo):
+        return _LatestStats()
+
+    def __reduce__(self):
+        return _LatestStats, ()
+
+
 class D2SDAssistant(D2SDPreTrainedModel):
     """Both drafters in one checkpoint: what `target.generate(..., assistant_model=assistant)` takes.
 
-    `last_stats` holds the counts of the latest call, see `hf_d2sd.stats.D2SDStats`.
+    `last_stats` holds the counts of the latest call in this thread, see `hf_d2sd.stats.D2SDStats`; in a thread that
+    made none, those of the latest call of all. Threads may share an assistant, and a target.
     """
 
     config_class = D2SDConfig
@@ -298,7 +320,7 @@ class D2SDAssistant(D2SDPreTrainedModel):
         first, second = cast("tuple[D2SDDrafterConfig, D2SDDrafterConfig | None]", (config.first, config.second))
         self.first = D2SDDrafterModel(first)
         self.second = D2SDDrafterModel(second) if second is not None else None
-        self.last_stats = None
+        self._latest = _LatestStats()
         self.compile_options: dict | None = None
         self.post_init()
 
@@ -350,6 +372,14 @@ class D2SDAssistant(D2SDPreTrainedModel):
     @property
     def drafters(self) -> list[D2SDDrafterModel]:
         return [drafter for drafter in (self.first, self.second) if drafter is not None]
+
+    @property
+    def last_stats(self):
+        return self._latest.stats
+
+    @last_stats.setter
+    def last_stats(self, stats) -> None:
+        self._latest.put(stats)
 
     @property
     def attention_backend(self) -> str | None:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers as tf
 from tiny import FAMILIES, VOCAB, WINDOW, OracleDrafts, image_inputs, prompt, tiny_assistant, tiny_target
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_d2sd import attention
 from hf_d2sd.attention import Nodes, TreeAttention, choose, tree_mask
@@ -150,19 +152,32 @@ def test_a_wrong_parent_changes_the_logits(family):
     assert (results[0][3] - results[1][3]).abs().max() > 100 * TOLERANCE
 
 
+def in_a_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
 class TestTheImplementation:
-    def test_active_restores_the_models_own_also_after_an_error(self):
+    def test_active_holds_in_its_own_thread_and_ends_also_after_an_error(self):
+        """What a layer is given when it asks for its attention function; nothing of the model changes."""
         model = copy.deepcopy(tiny_target("llama"))
+        before, own = copy.deepcopy(model.config), model.config._attn_implementation
         chosen = TreeAttention("eager", "", "eager", {}, model.config)
-        own = model.config._attn_implementation
-        assert own != "eager"
+        stock = ALL_ATTENTION_FUNCTIONS[own]
+
+        def asked() -> object:
+            return ALL_ATTENTION_FUNCTIONS.get_interface(model.config._attn_implementation, "its own eager one")
+
+        assert own != "eager" and asked() is stock
         with chosen.active():
-            assert model.config._attn_implementation == "eager"
-        assert model.config._attn_implementation == own
+            assert asked() == "its own eager one"
+            assert in_a_thread(asked) is stock
+            assert model.config.to_dict() == before.to_dict() and model.config._attn_implementation == own
+        assert asked() is stock
         with pytest.raises(RuntimeError, match="inside"):
             with chosen.active():
                 raise RuntimeError("inside")
-        assert model.config._attn_implementation == own
+        assert asked() is stock
 
     def test_an_error_in_the_target_leaves_its_attention_as_it_was(self, monkeypatch, delegate):
         target = with_attention("llama", delegate.name)

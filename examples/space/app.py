@@ -47,14 +47,11 @@ class Stop(StoppingCriteria):
 
 @dataclass
 class Decoder:
-    """Target, tokenizer and pair; one reply at a time, since a pair keeps the numbers of its latest call."""
+    """Target, tokenizer and pair, which all visitors share."""
 
     target: torch.nn.Module
     tokenizer: object
     assistant: D2SDAssistant
-
-    def __post_init__(self):
-        self._turn = threading.Lock()
 
     @classmethod
     def load(cls, target: str, pair: str, dtype: str) -> "Decoder":
@@ -86,7 +83,8 @@ class Decoder:
             chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
         ).to(self.target.device)
         drafts = strategy != views.PLAIN
-        streamer, stop, errors = SourceStreamer(self.tokenizer, self.assistant if drafts else None), Stop(), []
+        streamer, stop = SourceStreamer(self.tokenizer, self.assistant if drafts else None), Stop()
+        errors, stats = [], []
         options = dict(do_sample=False, max_new_tokens=int(tokens), streamer=streamer, stopping_criteria=[stop])
         if drafts:
             options |= dict(assistant_model=self.assistant, **views.options(strategy, branches, budget, width))
@@ -94,30 +92,30 @@ class Decoder:
         def work():
             try:
                 self.target.generate(**inputs, **options)
+                stats.append(self.assistant.last_stats)  # those of this thread's call
             except Exception as error:  # shown on the page
                 errors.append(error)
                 streamer.end()
 
-        with self._turn:
-            start, pieces, worker = time.perf_counter(), [], threading.Thread(target=work, daemon=True)
-            worker.start()
-            try:
-                for piece in streamer:
-                    pieces.append(piece)
-                    seconds = time.perf_counter() - start
-                    yield views.Reply(tuple(pieces), len(streamer.tokens), seconds=seconds), []
-            finally:
-                stop.now.set()
-                worker.join()
-            if errors:
-                raise errors[0]
-            reply = views.Reply(tuple(pieces), len(streamer.tokens), len(streamer.tokens), done=True)
-            reply = replace(reply, seconds=time.perf_counter() - start)
-            if not drafts:
-                yield reply, []
-                return
-            stats = self.assistant.last_stats
-            yield replace(reply, passes=stats.cycles + 1, nodes=views.mean_nodes(stats.tree_sizes)), stats.trace
+        start, pieces, worker = time.perf_counter(), [], threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            for piece in streamer:
+                pieces.append(piece)
+                seconds = time.perf_counter() - start
+                yield views.Reply(tuple(pieces), len(streamer.tokens), seconds=seconds), []
+        finally:
+            stop.now.set()
+            worker.join()
+        if errors:
+            raise errors[0]
+        reply = views.Reply(tuple(pieces), len(streamer.tokens), len(streamer.tokens), done=True)
+        reply = replace(reply, seconds=time.perf_counter() - start)
+        if not drafts:
+            yield reply, []
+            return
+        (found,) = stats
+        yield replace(reply, passes=found.cycles + 1, nodes=views.mean_nodes(found.tree_sizes)), found.trace
 
 
 def compare(decoder: Decoder, prompt: str, strategy: str, branches: int, budget: int, width: int, tokens: int):

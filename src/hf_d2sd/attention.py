@@ -6,7 +6,6 @@ only some nodes see. Both parts give the log-sum-exp (LSE) of their scores, by w
 over all keys would give. Nothing is as large as nodes times context.
 """
 
-import contextlib
 import functools
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .cache import Place, TreeCache, TreeLayer, layer_windows
-from .compat import attention_within, register_attention
+from .compat import attention_within, current_plan, register_attention
 from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Scoring, tokens_of
 from .tree import CandidateTree, Chains
 
@@ -114,24 +113,20 @@ class TreePlan:
         return self.elsewhere[layer_type, device]
 
 
-_active: list[object] = [None]  # of the pass that runs
-
-
-def _current_plan(*args, **kwargs) -> object:
-    """As Transformers' mask function of this attention: what every layer gets as its attention mask."""
-    return _active[0]
-
-
 def _attend(
     module,
     query: Tensor,  # (B, Hq, N, D)
     key: Tensor,  # (B, Hk, keys, D): stored ones, at the end the nodes' own
     value: Tensor,
-    attention_mask: TreePlan,
+    attention_mask: Tensor,  # says nothing: the plan does
     **options,  # scaling, softcap, and attention sinks: s_aux (Hq,)
 ) -> tuple[Tensor, None]:
     """As Transformers' attention function of this name."""
-    plan, scaling = attention_mask.of_layer(module.layer_idx, query.device), options.get("scaling")
+    tree_plan, scaling = current_plan(), options.get("scaling")
+    plan = tree_plan.of_layer(module.layer_idx, query.device)
+    if torch.is_autocast_enabled(query.device.type):  # as it treats torch's own attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (states.to(dtype) for states in (query, key, value))
     call = _cascade_op if torch.compiler.is_compiling() else cascade
     output = call(
         query,
@@ -143,7 +138,7 @@ def _attend(
         plan.prefix,
         plan.segments,
         options.get("s_aux"),
-        attention_mask.kernel.name,
+        tree_plan.kernel.name,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         options.get("softcap") or 0.0,
         plan.longest,
@@ -244,7 +239,7 @@ def _(query, *args, **kwargs):
     return torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
 
 
-register_attention(NAME, _attend, _current_plan)
+register_attention(NAME, _attend)
 
 
 @dataclass(frozen=True)
@@ -279,16 +274,9 @@ class TreeAttention:
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
 
-    @contextlib.contextmanager
     def active(self, plan: object = None):
-        """Within, the model's forward uses this attention; afterwards its own again, also after an error."""
-        before = _active[0]
-        with attention_within(self.text_config, self.implementation):
-            try:
-                _active[0] = plan
-                yield
-            finally:
-                _active[0] = before
+        """Within, the forwards of this thread use this attention; every other thread's and later ones their own."""
+        return attention_within(self.implementation, plan)
 
     def prepare(
         self, nodes: Nodes, cache: TreeCache, places: dict[str, Place], dtype
@@ -318,12 +306,17 @@ class TreeAttention:
         """From which keys are seen, (B, N, keys) bool, to the mask (B, 1, N, keys) that the implementation takes."""
         return seen[:, None] if self.implementation == "sdpa" else additive(seen, dtype)[:, None]
 
+    def masks(self, prepared) -> dict[str, Tensor]:
+        """By layer type, what a layer is given as its mask; with a plan one that says nothing, so none is made."""
+        if not isinstance(prepared, TreePlan):
+            return prepared
+        return dict.fromkeys(self.windows, torch.empty(1, 1, 1, 1))
+
     def as_argument(self, prepared):
-        """What the model's forward takes as `attention_mask`: nothing for a plan, which comes by another way."""
-        if isinstance(prepared, TreePlan):
-            return None
+        """What the model's forward takes as `attention_mask`: one for each layer type, or one for all."""
+        masks = self.masks(prepared)
         by_type = getattr(self.text_config, "layer_types", None) is not None  # as `create_masks_for_generate` decides
-        return prepared if by_type else next(iter(prepared.values()))
+        return masks if by_type else next(iter(masks.values()))
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

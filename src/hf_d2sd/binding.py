@@ -58,6 +58,11 @@ def bind(assistant: D2SDAssistant, target: PreTrainedModel, tokenizer: PreTraine
         raise ValueError(misfit.words)
 
 
+# A target may have grown since its drafters were made, by so many added or padding tokens, or by a tenth: what it
+# has more is never drafted. One that grew by more is taken for another.
+_GROWTH = 1024
+
+
 class Misfit(NamedTuple):
     """One way in which drafters are not a target's."""
 
@@ -78,9 +83,10 @@ def find_misfits(
 
 def _sizes_that_differ(role: str, config: D2SDDrafterConfig, target) -> Iterator[Misfit]:
     text = target.config.get_text_config(decoder=True)
-    layers = text.num_hidden_layers
+    layers, known = text.num_hidden_layers, config.vocab_size or text.vocab_size
+    has_grown = known <= text.vocab_size <= known + max(known // 10, _GROWTH)
     expected = (
-        ("vocabulary", "vocab_size", config.vocab_size or text.vocab_size, text.vocab_size),
+        ("vocabulary", "vocab_size", known, known if has_grown else text.vocab_size),
         ("width", "target_hidden_size", config.target_hidden_size, text.hidden_size),
         ("width", "hidden_size", config.hidden_size, text.hidden_size),
         ("width", "input_embedding_scale", *_embedding_scales(config, target)),
@@ -118,8 +124,8 @@ def _wrong_tokens(role: str, config: D2SDDrafterConfig, tokenizer) -> Iterator[M
             f"The {role} drafter's config has no mask_token_id: set it to the token it was trained with.",
         )
     if tokenizer is not None and config.tokenizer_fingerprint is not None:
-        seen = tokenizer_fingerprint(tokenizer)
-        if seen != config.tokenizer_fingerprint:
+        *before, seen = _fingerprints(tokenizer)
+        if config.tokenizer_fingerprint not in (seen, *before):
             yield Misfit(
                 "tokenizer",
                 f"The tokenizer passed to generate has fingerprint {seen}, the {role} drafter was trained with "
@@ -129,5 +135,18 @@ def _wrong_tokens(role: str, config: D2SDDrafterConfig, tokenizer) -> Iterator[M
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that differ for tokenizers whose vocabularies differ in any token or id."""
+    return _fingerprints(tokenizer)[-1]
+
+
+def _fingerprints(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the fingerprint was before each of the latest tokens was added, in the order of their ids; its own last."""
     entries = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
+    kept = max(len(entries) - max(len(entries) // 10, _GROWTH), 0)
+    whole = hashlib.sha256(f"[{', '.join(map(repr, entries[:kept]))}".encode())
+    found = []
+    for at in range(kept, len(entries)):
+        whole.update((", " if at else "").encode() + repr(entries[at]).encode())
+        closed = whole.copy()
+        closed.update(b"]")
+        found.append(closed.hexdigest()[:16])
+    return found or [hashlib.sha256(b"[]").hexdigest()[:16]]

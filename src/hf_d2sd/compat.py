@@ -6,11 +6,12 @@ What the networks need of it is in `modeling.compat_d2sd`, which Hub repositorie
 import contextlib
 import copy
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig, GenerationConfig
+from transformers import AttentionInterface, CompileConfig, GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
@@ -147,18 +148,17 @@ def execution_device(module: nn.Module) -> torch.device:
     return torch.device(device)
 
 
-@contextlib.contextmanager
-def without_embed_norm(embed: nn.Module) -> Iterator[None]:
-    """Some targets norm their embeddings inside the module; drafters read them before that norm, as native DFlash."""
-    norm = getattr(embed, "embed_norm", None)
-    if norm is None:
-        yield
-        return
-    try:
-        embed.embed_norm = nn.Identity()
-        yield
-    finally:
-        embed.embed_norm = norm
+def without_embed_norm(embed: nn.Module) -> nn.Module:
+    """Some targets norm their embeddings inside the module; drafters read them before that norm, as native DFlash.
+
+    Returns:
+        The module itself, or one of the same weights without its norm.
+    """
+    if getattr(embed, "embed_norm", None) is None:
+        return embed
+    twin = copy.copy(embed)
+    twin.__dict__["_modules"] = {**embed._modules, "embed_norm": nn.Identity()}
+    return twin
 
 
 def embedding_scale(embed: nn.Module) -> float | Tensor:
@@ -169,9 +169,8 @@ def embedding_scale(embed: nn.Module) -> float | Tensor:
 # Attention -----------------------------------------------------------------------------------------------------------
 
 
-def register_attention(name: str, attend: Callable, make_mask: Callable) -> None:
+def register_attention(name: str, attend: Callable) -> None:
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, make_mask)
 
 
 def attention_of(config) -> str:
@@ -183,15 +182,39 @@ def set_attention(config, name: str) -> None:
     config._attn_implementation = name
 
 
+class _Running(threading.local):
+    """What this thread's pass attends by: the name of an implementation, and a plan that is made for it."""
+
+    implementation: str | None = None
+    plan: object = None
+
+
+_running = _Running()
+
+
 @contextlib.contextmanager
-def attention_within(config, name: str) -> Iterator[None]:
-    """Within, a model with this config attends by the implementation of that name; also after an error as before."""
-    own = config._attn_implementation_internal
+def attention_within(implementation: str, plan: object) -> Iterator[None]:
+    """Within, in this thread alone, models attend by the implementation of that name. Nothing of theirs changes."""
+    before = _running.implementation, _running.plan
+    _running.implementation, _running.plan = implementation, plan
     try:
-        config._attn_implementation_internal = name
         yield
     finally:
-        config._attn_implementation_internal = own
+        _running.implementation, _running.plan = before
+
+
+def current_plan() -> object:
+    """The plan of the pass that runs in this thread."""
+    return _running.plan
+
+
+def _get_interface(stock, interface, attn_implementation: str, default: Callable) -> Callable:
+    """As `AttentionInterface.get_interface`, by which each layer asks for its attention function."""
+    running = _running.implementation
+    return stock(interface, attn_implementation if running is None else running, default)
+
+
+_wrap(AttentionInterface, "get_interface", _get_interface)
 
 
 def takes_attention_functions(decoder) -> bool:

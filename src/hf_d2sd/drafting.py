@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .attention import Nodes, TreeAttention, TreePlan
+from .attention import Nodes, TreeAttention
 from .cache import Place, TreeCache
 from .candidates import Draft
 from .compat import execution_device, without_embed_norm
@@ -33,7 +33,8 @@ class Drafter:
         self.context = context if context is not None else DraftContext(TreeCache(model.config))
         self.device, self.dtype = execution_device(model.fc), model.fc.weight.dtype
         self.run: Callable = model  # or compiled, for passes of a fixed shape
-        self._embed, self._head = target.get_input_embeddings(), draft_head(model, target.get_output_embeddings())
+        self._embed = without_embed_norm(target.get_input_embeddings())
+        self._head = draft_head(model, target.get_output_embeddings())
         self._generator = torch.Generator(execution_device(target.get_output_embeddings())).manual_seed(0)  # not yours
         self._attention = TreeAttention.for_model(model, backend, two_sided=True)
         self._nodes: dict[tuple[int, int, int], Nodes] = {}  # (B, K, γ) → what such blocks see of each other
@@ -101,14 +102,13 @@ class Drafter:
         """Hidden states (B, K·γ, H) of the blocks, and the target's dtype."""
         nodes, types, cache = self._block_nodes(*blocks.shape), self._attention.windows, self.context.cache
         prepared = self._attention.prepare(nodes, cache, dict.fromkeys(types, place.blocks), self.dtype)
-        with without_embed_norm(self._embed):
-            embeds = self._embed(blocks.view(len(blocks), -1))
+        embeds = self._embed(blocks.view(len(blocks), -1))
         with self._attention.active(prepared):
             output = self.run(
                 noise_embeds=embeds.to(self.device, self.dtype),
                 context_hidden_states=place.features,
                 position_ids=self._positions(place.counts, place.features.shape[1], nodes.depths),
-                attention_mask=dict.fromkeys(types, prepared) if isinstance(prepared, TreePlan) else prepared,
+                attention_mask=self._attention.masks(prepared),
                 cache=cache,
             )
         return output.last_hidden_state, embeds.dtype
@@ -119,7 +119,8 @@ class Drafter:
         hidden = hidden.view(rows * count, block_size, -1)[:, 1:]
         # One row of tokens, side by side: for a view with gaps a linear layer may copy its weight for every block.
         logits = self._head(hidden.reshape(1, -1, hidden.shape[-1]).to(dtype))
-        logits = logits.view(rows, count, block_size - 1, -1).float()  # (B, K, γ-1, V')
+        logits = logits.view(rows, count, block_size - 1, -1)[..., : self.model.config.vocab_size]
+        logits = logits.float()  # (B, K, γ-1, V')
         temperatures = self.model.config.confidence_temperatures
         if temperatures is not None:
             logits = logits / logits.new_tensor(temperatures[: block_size - 1])[:, None]
@@ -292,7 +293,7 @@ def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor],
         return functools.partial(_call_where_it_is, head)
     known = getattr(model, "_pruned_head", None)
     plain = type(head) is nn.Linear and head.weight.device.type != "meta"
-    if known is not None and known[0]() is head and (not plain or known[1].weight.dtype == head.weight.dtype):
+    if known is not None and known[0]() is head and (not plain or _are_rows(known[1], model.draft_token_ids, head)):
         return known[1]
     if plain:
         ids = model.draft_token_ids.to(head.weight.device)
@@ -304,6 +305,15 @@ def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor],
     pruned = PrunedHead(weight.to(device), bias.to(device) if bias is not None else None)
     model._pruned_head = (weakref.ref(head), pruned)
     return pruned
+
+
+def _are_rows(pruned: PrunedHead, ids: Tensor, head: nn.Linear) -> bool:
+    """Whether a head's rows are still those, as far as a few of them tell: adapters are merged in place."""
+    if pruned.weight.dtype != head.weight.dtype:
+        return False
+    few = torch.arange(0, len(ids), max(len(ids) // 32, 1))
+    now = head.weight.detach()[ids[few.to(ids.device)].to(head.weight.device)]
+    return torch.equal(now, pruned.weight[few.to(pruned.weight.device)].to(now.device))
 
 
 def _call_where_it_is(head: nn.Module, hidden: Tensor) -> Tensor:

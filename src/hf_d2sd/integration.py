@@ -44,8 +44,8 @@ def _validate_generation_mode(stock, target, generation_mode, generation_config,
     if _is_ours(assistant):
         refuse(unsupported(target, generation_config, generation_mode_kwargs))
         bind(assistant, target, generation_mode_kwargs.get("tokenizer"))
-        if assistant.config.vocab_size is None:  # stock compares it with the target's
-            assistant.config.vocab_size = target.config.get_text_config(decoder=True).vocab_size
+        # Stock wants vocabularies of the same size, and a target may have grown: it is shown one that fits.
+        generation_mode_kwargs = {**generation_mode_kwargs, "assistant_model": target}
         generation_config = copy.copy(generation_config)
         generation_config.num_return_sequences = 1  # stock takes one in assisted decoding
     elif isinstance(assistant, D2SDDrafterModel) and generation_config.speculation_type != "dflash":

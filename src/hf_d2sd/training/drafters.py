@@ -157,8 +157,8 @@ class Trainee(nn.Module):
     def hidden(self, blocks: Blocks) -> Tensor:
         """(B, N, γ, H)."""
         (embed,) = self._embed
-        with torch.no_grad(), without_embed_norm(embed):
-            embeds = embed(blocks.tokens)
+        with torch.no_grad():
+            embeds = without_embed_norm(embed)(blocks.tokens)
         dtype = self.model.fc.weight.dtype
         output = self.model(
             noise_embeds=embeds.to(blocks.context.device, dtype),
