@@ -96,3 +96,14 @@ def test_a_drafter_is_calibrated_in_place(target, data, first, tmp_path):  # noq
 def test_temperatures_that_do_not_fit_the_block(temperatures):
     with pytest.raises(ValueError, match="3 positive numbers"):
         D2SDDrafterConfig(block_size=4, confidence_temperatures=temperatures)
+
+
+def test_what_the_plot_needs_is_asked_for_before_any_work(monkeypatch, tmp_path):
+    required = dict(drafter="no-such-drafter", target="no-such-target", data="no-such-folder")
+    with pytest.raises(ValueError, match="there is no folder .*missing"):
+        CalibrateOptions(**required, plot=tmp_path / "missing" / "plot.png")
+    CalibrateOptions(**required, plot=tmp_path / "plot.png")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    CalibrateOptions(**required)
+    with pytest.raises(ValueError, match="--plot needs matplotlib"):
+        CalibrateOptions(**required, plot=tmp_path / "plot.png")

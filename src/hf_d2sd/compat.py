@@ -8,6 +8,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,7 +204,7 @@ def attention_within(implementation: str, plan: object) -> Iterator[None]:
         _running.implementation, _running.plan = before
 
 
-def current_plan() -> object:
+def current_plan() -> Any:
     """The plan of the pass that runs in this thread."""
     return _running.plan
 

@@ -1,5 +1,6 @@
 """`hf-d2sd calibrate`: temperatures that make a drafter's confidence the rate at which its tokens are accepted."""
 
+import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -41,6 +42,10 @@ class CalibrateOptions:
         self.drafter = Path(self.drafter)
         self.data = [Path(folder) for folder in ([self.data] if isinstance(self.data, (str, Path)) else self.data)]
         self.plot = Path(self.plot) if self.plot is not None else None
+        if self.plot is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib, which is not installed: pip install 'hf-d2sd[train]'.")
+        if self.plot is not None and not self.plot.parent.is_dir():
+            raise ValueError(f"--plot is {self.plot}; there is no folder {self.plot.parent}.")
 
 
 @dataclass(frozen=True)
