@@ -19,6 +19,26 @@ def brute_force(query, key, value, seen, scale, sinks=None, softcap=0.0):
     return scores.softmax(-1)[..., : key.shape[1]] @ value
 
 
+def refuse_what_flash_attention_refuses(q, k, v, packing) -> None:
+    """As its C++ checks its arguments; but half precision alone, which is a matter of its kernels."""
+    starts = packing.query_starts, packing.key_starts
+    if not q.dtype == k.dtype == v.dtype:
+        raise RuntimeError("query and key must have the same dtype")
+    if any(one.dtype != torch.int32 or not one.is_contiguous() for one in starts):
+        raise RuntimeError("cu_seqlens must have dtype int32 and be contiguous")
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        raise RuntimeError("Input tensor must have contiguous last dimension")
+    if q.shape[-1] > 256 or q.shape[-1] % 8:
+        raise RuntimeError("head_size must be a multiple of 8 up to 256")
+    if q.shape[1] % k.shape[1]:
+        raise RuntimeError("Number of heads in key/value must divide number of heads in query")
+    if len(starts[0]) != len(starts[1]):
+        raise RuntimeError("cu_seqlens_k must have shape (batch_size + 1)")
+    segments = len(starts[0]) - 1
+    if packing.max_queries == 1 and q.shape[1] > k.shape[1] and len(q) != segments:  # groups fold into the batch
+        raise RuntimeError(f"shape '[{segments}, {k.shape[1]}, ...]' is invalid for input of size {q.numel()}")
+
+
 class PackedReference(Kernel):
     """The signature of FlashAttention's varlen calls. It takes no segment that has queries and no keys."""
 
@@ -29,8 +49,8 @@ class PackedReference(Kernel):
 
     def varlen(self, q, k, v, packing, scoring):
         q_starts, k_starts = packing.query_starts, packing.key_starts
+        refuse_what_flash_attention_refuses(q, k, v, packing)
         out, lse = torch.full_like(q, torch.nan), q.new_full((q.shape[1], len(q)), torch.nan, dtype=torch.float32)
-        assert q_starts.dtype == k_starts.dtype == torch.int32
         assert int(k_starts[-1]) <= len(k)
         assert int(q_starts[-1]) == len(q)
         for q0, q1, k0, k1 in zip(

@@ -1,21 +1,22 @@
 """The cascade against a softmax over all keys by the rule, for every kind of attention of the tested families."""
 
+import dataclasses
 import itertools
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import PackedReference, brute_force
+from reference import PackedReference, brute_force, refuse_what_flash_attention_refuses
 from test_attention import random_tree
-from tiny import FAMILIES, tiny_target
+from tiny import FAMILIES, prompt, tiny_assistant, tiny_target
 from torch import nn
 
 from hf_d2sd import attention
 from hf_d2sd.attention import Nodes, TreePlan, cascade, merge, plan_layer
 from hf_d2sd.cache import TreeLayer
 from hf_d2sd.captured import FixedLayer
-from hf_d2sd.kernels import CPU, KERNELS, Scoring, heads_first, small_attention, tokens_of
+from hf_d2sd.kernels import CPU, KERNELS, Packing, Scoring, heads_first, small_attention, tokens_of
 from hf_d2sd.tree import CandidateTree
 
 TOLERANCE = 2e-6
@@ -276,3 +277,70 @@ def test_every_backend_says_why_it_cannot_run():
     facts = attention.Facts.of(tiny_target("llama"))
     for name, kernel in KERNELS.items():
         assert (kernel.obstacle(facts) is None) == (name == "cpu")
+
+
+class TestWhatFlashAttentionRefuses:
+    """A stand-in that took more than the kernel does let a fault through; these would have found it on a CPU."""
+
+    def arguments(self, queries=3, heads=4, **changes):
+        q, k, v = torch.randn(queries, heads, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+        query_starts = torch.tensor([0, queries, queries], dtype=torch.int32)
+        packing = Packing(query_starts, torch.tensor([0, 5, 9], dtype=torch.int32), queries, 5)
+        given = dict(q=q, k=k, v=v, packing=packing) | changes
+        return given["q"], given["k"], given["v"], given["packing"]
+
+    def test_one_query_where_a_segment_has_none(self):
+        refuse_what_flash_attention_refuses(*self.arguments(queries=3))
+        with pytest.raises(RuntimeError, match="is invalid for input of size"):
+            refuse_what_flash_attention_refuses(*self.arguments(queries=1))
+        refuse_what_flash_attention_refuses(*self.arguments(queries=1, heads=2))  # nothing to fold
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (dict(k=torch.randn(9, 2, 8).half()), "dtype"),
+            (dict(q=torch.randn(3, 8, 4).transpose(1, 2)), "contiguous last"),
+            (dict(q=torch.randn(3, 4, 12), k=torch.randn(9, 2, 12), v=torch.randn(9, 2, 12)), "multiple of 8"),
+            (dict(q=torch.randn(3, 5, 8)), "must divide"),
+        ],
+    )
+    def test_what_else_it_does_not_take(self, change, message):
+        with pytest.raises(RuntimeError, match=message):
+            refuse_what_flash_attention_refuses(*self.arguments(**change))
+
+    @pytest.mark.parametrize("starts", [torch.tensor([0, 3, 3]), torch.tensor([0, 3], dtype=torch.int32)])
+    def test_starts_of_another_kind(self, starts):
+        q, k, v, packing = self.arguments()
+        with pytest.raises(RuntimeError, match="cu_seqlens"):
+            refuse_what_flash_attention_refuses(q, k, v, dataclasses.replace(packing, query_starts=starts))
+
+    @pytest.mark.parametrize("family", ["llama", "gpt_oss", "mistral"])
+    def test_trees_of_one_node_and_chains_of_one_are_taken(self, family, packed, monkeypatch):
+        """Plain steps, and the last cycle of every call: one query in a row, and segments without any."""
+        target, options = tiny_target(family), dict(do_sample=False, max_new_tokens=12)
+        plain = target.generate(prompt(9), **options)
+        for shape in (dict(d2sd_tree_budget=1), dict(d2sd_tree_budget=2), {}):
+            shape |= dict(d2sd_attention_backend="packed", assistant_model=tiny_assistant(4, 6))
+            assert target.generate(prompt(9), **options, **shape).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["torch 2.13", "torch 2.10"])
+def test_torchs_packed_call_is_asked_for_groups_only_where_it_can_be(named, monkeypatch):
+    """torch 2.10 and 2.11 group queries without being asked, and have no word for it."""
+    varlen, seen = pytest.importorskip("torch.nn.attention.varlen"), []
+
+    def attend(q, k, v, *positional, return_aux, scale, window_size, **options):
+        seen.append(options)
+        return torch.zeros_like(q), torch.zeros(q.shape[1], len(q))
+
+    def with_groups(q, k, v, *positional, enable_gqa=False, **options):
+        return attend(q, k, v, *positional, enable_gqa=enable_gqa, **options)
+
+    def without_groups(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=None):
+        return attend(q, k, v, return_aux=return_aux, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "varlen_attn", with_groups if named else without_groups)
+    q, k, v, packing = TestWhatFlashAttentionRefuses().arguments()
+    out, lse = KERNELS["varlen"].varlen(q, k, v, packing, Scoring(0.3))
+    assert out.shape == q.shape and lse.shape == (4, 3)
+    assert seen == [dict(enable_gqa=True) if named else {}]

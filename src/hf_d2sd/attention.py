@@ -174,14 +174,14 @@ def cascade(
     if mask is None:
         own_key, own_value = (states[:, :, nodes] for states in (key, value))
         order, query_starts, keys, key_starts = segments
-        packing = Packing(query_starts, key_starts, deepest + 1, deepest + 1, causal)
+        packing = Packing(query_starts, key_starts, max(deepest + 1, 2), deepest + 1, causal)
         out, lse = _over_segments(run, query, own_key, own_value, (order, keys), packing, scoring)
     else:
         every = edge is None and mask.shape[-1] == key.shape[2]
         few_key, few_value = (states if every else _with_edge(states, nodes, edge) for states in (key, value))
         out, lse = run.masked(query, few_key, few_value, mask, scoring)
     if has_prefix:
-        packed = Packing(prefix[0], prefix[1], num_nodes, longest) if prefix else None
+        packed = Packing(prefix[0], prefix[1], max(num_nodes, 2), longest) if prefix else None
         prefix_out, prefix_lse = run.over_prefix(query, key, value, bounds, packed, scoring)
         out, lse = merge(out, lse, prefix_out, prefix_lse, needs_lse=sinks is not None)
     if sinks is not None:

@@ -69,7 +69,9 @@ class Packing:
 
     query_starts: Tensor  # (S + 1,) int32
     key_starts: Tensor  # (S + 1,) int32
-    max_queries: int  # at least the most of a segment
+    # At least the most of a segment, and at least 2: at 1 FlashAttention folds the heads that share a key into the
+    # batch, which wants one query in each segment, and some have none.
+    max_queries: int
     max_keys: int  # at least the most of a segment
     causal: bool = False  # aligned at the end of each segment
 
@@ -156,10 +158,6 @@ class TorchVarlen(Kernel):
     def obstacle(self, facts: Facts) -> str | None:
         if importlib.util.find_spec("torch.nn.attention.varlen") is None:
             return f"torch {torch.__version__} has no torch.nn.attention.varlen"
-        from torch.nn.attention import varlen
-
-        if "enable_gqa" not in inspect.signature(varlen.varlen_attn).parameters:
-            return f"torch.nn.attention.varlen of torch {torch.__version__} has no grouped queries"
         if facts.softcap is not None:
             return "torch.nn.attention.varlen has no soft-capping"
         return facts.obstacle or cuda_obstacle(facts, 8)
@@ -168,17 +166,10 @@ class TorchVarlen(Kernel):
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
         starts, bounds = (packing.query_starts, packing.key_starts), (packing.max_queries, packing.max_keys)
-        out, lse = varlen_attn(
-            q,
-            k,
-            v,
-            *starts,
-            *bounds,
-            return_aux=AuxRequest(lse=True),
-            scale=scoring.scale,
-            window_size=(-1, 0) if packing.causal else (-1, -1),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        options = dict(scale=scoring.scale, window_size=(-1, 0) if packing.causal else (-1, -1))
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # before torch 2.12 it groups unasked
+            options["enable_gqa"] = q.shape[1] != k.shape[1]
+        out, lse = varlen_attn(q, k, v, *starts, *bounds, return_aux=AuxRequest(lse=True), **options)
         return out, heads_first(lse, *out.shape[:2])
 
 

@@ -166,6 +166,11 @@ def option_fields() -> tuple[Field, ...]:
     return tuple(declared for declared in fields(DecodingOptions) if declared.metadata)
 
 
+def pair_options() -> list[str]:
+    """Names of those that a pair's config has a default for."""
+    return [declared.name for declared in option_fields() if declared.metadata["of_pair"] is not None]
+
+
 def register() -> None:
     """Let `generate(...)` and every `GenerationConfig` take the options, by their names with `d2sd_`."""
     for declared in option_fields():  # as class attributes they stay out of saved configs

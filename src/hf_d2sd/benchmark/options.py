@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..options import command_fields
+from ..options import command_fields, pair_options
 from .strategies import PLAIN, WIDE_BUDGET, WIDTH, Strategy, all_strategies, find_strategy, grid
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 if TYPE_CHECKING:
     TreeFields = Any
 else:
-    TreeFields = command_fields("num_branches", "tree_budget", "tree_width")
+    TreeFields = command_fields(*pair_options())
 
 
 @dataclass(kw_only=True)
@@ -90,7 +90,7 @@ class BenchOptions(TreeFields):
 
     def branching(self, config) -> dict[str, int]:
         """K, W and nodes: the command's where given, else the pair's, else the library's."""
-        pair = {name: getattr(config, name, None) for name in ("num_branches", "tree_width", "tree_budget")}
+        pair = {name: getattr(config, name, None) for name in pair_options()}
         return {
             "num_branches": _first(self.num_branches, pair["num_branches"], 4) or 4,
             "width": _first(self.tree_width, pair["tree_width"] if pair["tree_width"] != 1 else None, WIDTH),

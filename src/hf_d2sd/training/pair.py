@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..modeling import D2SDAssistant
-from ..options import command_fields
+from ..options import command_fields, pair_options
 
-DEFAULTS = ("num_branches", "tree_budget", "tree_width")  # what a pair's config says of its own decoding
 if TYPE_CHECKING:
     DefaultFields = Any
 else:
-    DefaultFields = command_fields(*DEFAULTS)
+    DefaultFields = command_fields(*pair_options())
 
 
 @dataclass(kw_only=True)
@@ -30,7 +29,7 @@ def join(options: JoinOptions) -> dict[str, int]:
         options.first,
         options.second,
         dtype=getattr(torch, options.dtype),
-        **{name: getattr(options, name) for name in DEFAULTS if getattr(options, name) is not None},
+        **{name: getattr(options, name) for name in pair_options() if getattr(options, name) is not None},
     )
     assistant.save_pretrained(options.out)
     return {"parameters": sum(parameter.numel() for parameter in assistant.parameters())}
