@@ -310,7 +310,8 @@ class TreeAttention:
         """By layer type, what a layer is given as its mask; with a plan one that says nothing, so none is made."""
         if not isinstance(prepared, TreePlan):
             return prepared
-        return dict.fromkeys(self.windows, torch.empty(1, 1, 1, 1))
+        device = next(iter(prepared.plans.values())).bounds.device
+        return dict.fromkeys(self.windows, torch.empty(1, 1, 1, 1, device=device))
 
     def as_argument(self, prepared):
         """What the model's forward takes as `attention_mask`: one for each layer type, or one for all."""
