@@ -7,11 +7,17 @@ side by side. Rows go to FILE.jsonl as they come, their settings to FILE.run.jso
 stopped; several runs with --part share the work. The mean over files is that of the files' own figures, so that each
 counts alike.
 
+With --replay the target's greedy text is written once, plainly, and its hidden states are computed once: the drafters
+then decode it with everything real but the target's passes, see `hf_d2sd.benchmark.replaying`. On a CPU that is several
+times faster. The figures differ from real decoding by what bf16 rounds otherwise in passes of other shapes.
+
 The rows of the paper's ablation hold all nodes that the drafts give; the wide trees hold --nodes, the anchor included:
 the nodes a pass are printed beside each figure, since they are what a pass costs.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import platform
 from collections import defaultdict
@@ -21,10 +27,15 @@ import torch
 import transformers
 from equality import HERE, PAIR, chat_ids, read_prompts
 from smollm2 import load_smollm2
+from transformers import GenerationConfig
 
 import hf_d2sd
 from hf_d2sd import records
+from hf_d2sd.benchmark.replaying import Text, replay
 from hf_d2sd.benchmark.strategies import Models, Strategy, all_strategies, find_strategy
+from hf_d2sd.options import settle
+from hf_d2sd.training.features import compute_features
+from hf_d2sd.training.shards import Row
 
 ROWS = {
     "first drafter alone": "dflash",
@@ -84,28 +95,62 @@ def measure(args) -> None:
     known = {(row["keys"][0], row["strategy"]) for row in read_rows(args.out)}
     todo = batches(args, tokenizer)[args.part :: args.parts]
     for number, (file, task, keys, prompts) in enumerate(todo, 1):
-        inputs = left_padded(prompts, target.generation_config.eos_token_id)
+        inputs, texts = left_padded(prompts, target.generation_config.eos_token_id), None
         for name, strategy in strategies(args).items():
             if (keys[0], name) in known:
                 continue
             arguments = strategy.generate_arguments(models)
-            target.generate(
-                **inputs,
-                do_sample=False,
-                max_new_tokens=args.max_new_tokens,
-                pad_token_id=target.generation_config.eos_token_id,
-                **arguments,
-            )
-            stats = arguments["assistant_model"].last_stats
-            tokens, passes = sum(stats.committed_per_cycle), len(stats.committed_per_cycle)
-            row = {"file": file, "task": task, "keys": keys, "strategy": name, "tokens": tokens, "passes": passes}
-            records.append(path, {**row, "nodes": sum(stats.tree_sizes)})
+            if args.replay:
+                texts = texts or known_texts(args, target, inputs, prompts)
+                counts = replayed(args, target, texts, arguments)
+            else:
+                counts = decoded(args, target, inputs, arguments)
+            records.append(path, {"file": file, "task": task, "keys": keys, "strategy": name, **counts})
         print(f"{number}/{len(todo)}", flush=True)
+
+
+def decoded(args, target, inputs: dict, arguments: dict) -> dict:
+    """Tokens, passes and nodes of real decoding."""
+    end = target.generation_config.eos_token_id
+    target.generate(**inputs, do_sample=False, max_new_tokens=args.max_new_tokens, pad_token_id=end, **arguments)
+    stats = arguments["assistant_model"].last_stats
+    committed = stats.committed_per_cycle
+    return {"tokens": sum(committed), "passes": len(committed), "nodes": sum(stats.tree_sizes)}
+
+
+def known_texts(args, target, inputs: dict, prompts: list[list[int]]) -> list[Text]:
+    """The target's own greedy replies to all prompts, and its hidden states; replies of one token are left out."""
+    end = target.generation_config.eos_token_id
+    options = {"do_sample": False, "max_new_tokens": args.max_new_tokens, "pad_token_id": end}
+    replies = target.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+    replies = [reply[: reply.index(end) + 1] if end in reply else reply for reply in replies]
+    rows = [Row(torch.tensor(ids + reply), len(ids)) for ids, reply in zip(prompts, replies) if len(reply) > 1]
+    layers = tuple(range(target.config.num_hidden_layers))
+    states = compute_features(target, rows, layers)
+
+    def reader(row: torch.Tensor):
+        parts = row.unflatten(-1, (len(layers), -1))
+        return functools.cache(lambda layer_ids: parts[:, list(layer_ids)].flatten(1))
+
+    readers = map(reader, states)
+    return [
+        Text(row.tokens, row.prompt_length, lambda ids, read=read: read(tuple(ids)))
+        for row, read in zip(rows, readers)
+    ]
+
+
+def replayed(args, target, texts: list[Text], arguments: dict) -> dict:
+    """Tokens, passes and nodes, had the texts been decoded so."""
+    arguments = dict(arguments)
+    assistant = arguments.pop("assistant_model")
+    options = settle(assistant, GenerationConfig(**arguments))
+    end = target.generation_config.eos_token_id
+    return dataclasses.asdict(replay(assistant, target, texts, options, args.max_new_tokens, [end]))
 
 
 def settings(args) -> dict:
     """What rows must have in common to stand in one table."""
-    names = ("branches", "width", "nodes", "max_new_tokens", "batch_size", "max_prompts", "dtype")
+    names = ("branches", "width", "nodes", "max_new_tokens", "batch_size", "max_prompts", "dtype", "replay")
     return {"pair": Path(args.pair).name, **{name: getattr(args, name) for name in names}}
 
 
@@ -141,6 +186,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=32, help="of the wide trees")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--replay", action="store_true", help="leave out the target's passes over trees")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--part", type=int, default=0)

@@ -4,7 +4,7 @@
 from transformers import PreTrainedConfig
 
 from .formats_d2sd import format_of
-from .weights_d2sd import MAX_BLOCK_SIZE, MAX_LAYERS, check_references
+from .weights_d2sd import MAX_BLOCK_SIZE, MAX_LAYERS, MAX_PATH_SIZE, check_references
 
 FORMAT_VERSION = 1
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -78,6 +78,10 @@ class D2SDDrafterConfig(_CheckedConfig):
         input_embedding_scale (`float`, *optional*): where set, the scale that the target's embedding has to have.
         feature_fusion (`str`): `"shared"`, one projection of the features for all layers, or `"layerwise"`: each layer
             first weighs the target's layers in a way of its own (after DFlare, arXiv 2606.02091).
+        path_rank (`int`, *optional*): rank of the path head, which corrects a slot's logits by the token before it; `None`
+            for a drafter without one, whose positions know nothing of each other's tokens.
+        path_width (`int`, *optional*): inner width of the path head; defaults to twice its rank.
+        path_candidates (`int`): how many of a slot's likeliest tokens the path head scores.
         confidence_temperatures (`list[float]`, *optional*): for each of the γ-1 drafted positions, what its logits
             are divided by before the confidence is taken; fitted by `hf-d2sd calibrate`.
         tokenizer_fingerprint (`str`, *optional*): see `hf_d2sd.tokenizer_fingerprint`; where set, a target's
@@ -120,6 +124,9 @@ class D2SDDrafterConfig(_CheckedConfig):
     final_logit_softcapping: float | None = None
     input_embedding_scale: float | None = None
     feature_fusion: str = "shared"
+    path_rank: int | None = None
+    path_width: int | None = None
+    path_candidates: int = 16
     confidence_temperatures: list[float] | None = None
     tokenizer_fingerprint: str | None = None
     bos_token_id: int | None = None
@@ -133,6 +140,8 @@ class D2SDDrafterConfig(_CheckedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
+        if self.path_rank is not None and self.path_width is None:
+            self.path_width = 2 * self.path_rank
         self._check_bounds()
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
@@ -150,6 +159,12 @@ class D2SDDrafterConfig(_CheckedConfig):
             _require(value <= most, f"{name} is {value}; more than {most} is taken for a damaged config.")
         for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "head_dim", "num_key_value_heads"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("path_rank", "path_width", "path_candidates"):
+            value = getattr(self, name)
+            _require(
+                value is None or 1 <= value <= MAX_PATH_SIZE,
+                f"{name} is {value}; it must lie between 1 and {MAX_PATH_SIZE}.",
+            )
 
     def _check_sizes(self) -> None:
         _require(

@@ -13,6 +13,7 @@ from .compat_d2sd import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 MAX_LAYERS, MAX_BLOCK_SIZE = 1024, 4096  # a config asking for more is damaged, whatever the weights are
+MAX_PATH_SIZE = 65536
 
 _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
 _CLASS = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*--)?\w+\.\w+", re.ASCII)  # of this or a named repository
@@ -66,6 +67,10 @@ def drafter_shapes(config: PreTrainedConfig, prefix: str = "") -> dict[str, tupl
         shapes["layer_weights"] = (config.num_hidden_layers, features)
     if config.draft_vocab_size is not None:
         shapes["draft_token_ids"] = (config.draft_vocab_size,)
+    if config.path_rank is not None:
+        rank, width = config.path_rank, config.path_width
+        shapes |= {f"path_head.{name}.weight": (width, hidden) for name in ("slot", "previous")}
+        shapes |= {"path_head.state.weight": (rank, width), "path_head.candidate.weight": (rank, hidden)}
     if config.own_head:
         shapes["lm_head.weight"] = (config.draft_vocab_size or config.vocab_size, hidden)
     return {prefix + name: shape for name, shape in shapes.items()}
@@ -212,6 +217,7 @@ __all__ = [
     "HUB_OPTIONS",
     "MAX_BLOCK_SIZE",
     "MAX_LAYERS",
+    "MAX_PATH_SIZE",
     "check_references",
     "check_weights",
     "drafter_shapes",

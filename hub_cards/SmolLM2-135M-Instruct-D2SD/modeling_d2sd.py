@@ -105,6 +105,55 @@ class D2SDDecoderLayer(nn.Module):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
+class D2SDPathHead(nn.Module):
+    """s(a, b | h): how much likelier candidate b is at a slot h because token a stands before it.
+
+    A block drafter says of each slot what may stand there, whatever stands in the others. This makes it conditional:
+    the score is added to b's logit. Its tables of tokens are projections of the target's embedding and LM head, which
+    are frozen; so it is small, and says something of tokens that it was not trained on.
+
+    `dropout` is for training: slots' hidden states name their rows, and are soon known by heart.
+    """
+
+    dropout = 0.0
+
+    def __init__(self, config: D2SDDrafterConfig):
+        super().__init__()
+        hidden, width, rank = config.hidden_size, config.path_width, config.path_rank
+        self.slot = nn.Linear(hidden, width, bias=False)
+        self.previous = nn.Linear(hidden, width, bias=False)
+        self.state = nn.Linear(width, rank, bias=False)
+        self.candidate = nn.Linear(hidden, rank, bias=False)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Make it a new one, whose scores are all 0."""
+        for part in (self.slot, self.previous, self.state):
+            part.weight.normal_(std=part.in_features**-0.5)
+        self.candidate.weight.zero_()
+
+    def states(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """(..., A, rank): of slots (..., H) after each of A tokens, whose embeddings are `previous` (..., A, H)."""
+        drop = partial(nn.functional.dropout, p=self.dropout, training=self.training)
+        mixed = self.slot(drop(_normed(hidden)))[..., None, :] + self.previous(_normed(previous))
+        return self.state(drop(nn.functional.silu(mixed)))
+
+    def forward(self, hidden: Tensor, previous: Tensor, candidates: Tensor) -> Tensor:
+        """(..., A, C) in float32: the scores of C candidates after each of A tokens.
+
+        Args:
+            hidden: (..., H), last hidden states of slots.
+            previous: (..., A, H), embeddings of tokens that may stand before the slot.
+            candidates: (..., C, H), rows of the LM head of tokens that may stand at it.
+        """
+        states, keys = self.states(hidden, previous), self.candidate(_normed(candidates))
+        return states.float() @ keys.float().transpose(-1, -2)
+
+
+def _normed(vectors: Tensor) -> Tensor:
+    return nn.functional.rms_norm(vectors, vectors.shape[-1:], eps=1e-6)
+
+
 class D2SDPreTrainedModel(PreTrainedModel):
     config_class = D2SDDrafterConfig
     base_model_prefix = ""
@@ -192,9 +241,12 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             self.layer_weights = nn.Parameter(torch.ones(config.num_hidden_layers, len(config.target_layer_ids)))
         if config.draft_vocab_size is not None:
             self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
+        self.path_head = D2SDPathHead(config) if config.path_rank is not None else None
         if config.own_head:
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size or config.vocab_size, bias=False)
         self.post_init()
+        if self.path_head is not None:
+            self.path_head.reset()
 
     @classmethod
     def tensor_shapes(cls, config: D2SDDrafterConfig) -> dict[str, tuple[int, ...]]:

@@ -28,6 +28,9 @@ class Draft:
     log_probs: Tensor  # (B, R, D, W), its log, which does not underflow; -inf where a draft says nothing
     kept: Tensor  # (B, R)
     logits: Tensor | None = None  # (B, R, D, V'), over the confidence temperatures
+    # (B, R, D, W, W): by a path head, the log probability of each token (last axis) after each of the position before
+    # (last but one; the anchor in all places before position 0). `None`: whatever stands there.
+    transitions: Tensor | None = None
 
     @classmethod
     def of(cls, tokens: Tensor, confidence: Tensor, kept: Tensor | None = None) -> "Draft":
@@ -38,6 +41,10 @@ class Draft:
     @property
     def depth(self) -> int:
         return self.tokens.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[3]
 
     @property
     def best(self) -> Tensor:
@@ -72,20 +79,43 @@ class Draft:
         return replace(self, **filled, kept=prefixes.kept)
 
     def followed_by(self, other: "Draft") -> "Draft":
-        """All drafts of both, as deep as the deeper one."""
-        depth = max(self.depth, other.depth)
-        mine, its = (draft.deepened(depth) for draft in (self, other))
+        """All drafts of both, as deep as the deeper one and as wide as the wider one."""
+        depth, width = max(self.depth, other.depth), max(self.width, other.width)
+        both = [draft.padded(depth, width) for draft in (self, other)]
         names = ("tokens", "confidence", "log_probs", "kept")
-        return Draft(*(torch.cat([getattr(draft, name) for draft in (mine, its)], dim=1) for name in names))
+        joined = (torch.cat([getattr(draft, name) for draft in both], dim=1) for name in names)
+        transitions = None
+        if any(draft.transitions is not None for draft in both):
+            transitions = torch.cat([draft.after_each() for draft in both], dim=1)
+        return Draft(*joined, transitions=transitions)
 
-    def deepened(self, depth: int) -> "Draft":
-        """Of at least that depth, with nothing said of the positions that come to it."""
-        more = (0, 0, 0, depth - self.depth)
-        if depth <= self.depth:
+    def padded(self, depth: int, width: int) -> "Draft":
+        """Of that depth and width, with nothing said of what comes to it."""
+        more = (0, width - self.width, 0, depth - self.depth)
+        if not any(more):
             return self
-        return Draft(
-            pad(self.tokens, more), pad(self.confidence, more), pad(self.log_probs, more, value=-torch.inf), self.kept
-        )
+        log_probs, transitions = pad(self.log_probs, more, value=-torch.inf), self.transitions
+        if transitions is not None:
+            transitions = pad(transitions, (0, more[1], *more), value=-torch.inf)
+        return Draft(pad(self.tokens, more), pad(self.confidence, more), log_probs, self.kept, None, transitions)
+
+    def after_each(self) -> Tensor:
+        """(B, R, D, W, W), `transitions`; of a drafter without a path head the same after every token."""
+        if self.transitions is not None:
+            return self.transitions
+        return self.log_probs[..., None, :].expand(*self.log_probs.shape, self.width)
+
+    def chain(self) -> "Draft":
+        """The token at each position that is likeliest after the one chosen before it; W is 1."""
+        column = self.kept.new_zeros(*self.kept.shape, 1)  # (B, R, 1)
+        columns, log_probs = [], []
+        for after in self.after_each().unbind(2):  # (B, R, W, W)
+            best = after.gather(2, column[..., None].expand(-1, -1, 1, self.width)).max(-1)
+            column = best.indices
+            columns.append(column)
+            log_probs.append(best.values)
+        chosen, scores = torch.stack(columns, dim=2), torch.stack(log_probs, dim=2)  # (B, R, D, 1)
+        return Draft(self.tokens.gather(-1, chosen), scores.exp(), scores, self.kept, self.logits)
 
 
 def merge(first: Draft, redrafts: Draft | None = None) -> Candidates:
@@ -131,37 +161,57 @@ def _share(tokens: Tensor, log_confidence: Tensor, exists: Tensor) -> tuple[Tens
     return shared.int().argmax(2), torch.where(shared, reached[:, None], -torch.inf).amax(2)
 
 
-def expand(drafts: Draft, budget: int) -> Candidates:
+def expand(drafts: Draft, budget: int, width: int | None = None) -> Candidates:
     """The likeliest nodes by all drafts, found level by level, at most `budget` - 1 in each.
 
     A path's probability is the product of its tokens' probabilities, each by the draft with the longest prefix on the
-    path. It never rises on the way down, so that the best nodes of all levels are among these.
+    path, and by a path head given the token before it. It never rises on the way down, so that the best nodes of all levels are among these.
 
     Args:
         drafts: the first blocks, then those that go on after prefixes of their paths.
         budget: nodes of the tree, the anchor included, at least 2.
+        width: how many children a node has at most; by default as many as the drafts name.
     """
-    rows, count, depth, width = drafts.tokens.shape
+    rows, count, depth, named = drafts.tokens.shape
+    width = named if width is None else min(width, named)
     device = drafts.tokens.device
     each = torch.arange(rows, device=device)[:, None]
     prefixes, ends = drafts.best[:, 1:], drafts.kept[:, 1:]  # (B, R - 1, D), (B, R - 1)
     score = drafts.log_probs.new_zeros(rows, 1)
     draft = each.new_zeros(rows, 1)  # whose tokens a node's children are
+    place = each.new_zeros(rows, 1)  # a node's own among that draft's tokens of its depth
     on_path = torch.ones(rows, 1, count - 1, dtype=torch.bool, device=device)  # is it a node of that prefix?
     levels, first_parent = [], 0  # among the nodes of all levels, where the present parents begin
     for level in range(depth):
-        scores = score[..., None] + drafts.log_probs[each, draft, level]  # (B, n, W)
+        log_probs, places = _children(drafts, draft, place, level, width)
+        scores = score[..., None] + log_probs  # (B, n, width)
         best = scores.flatten(1).topk(min(budget - 1, scores[0].numel()), dim=1)  # (B, m)
         parent, score = best.indices // width, best.values
-        token = drafts.tokens[each, draft, level].flatten(1).gather(1, best.indices)
+        place = places.flatten(1).gather(1, best.indices)
         draft = draft.gather(1, parent)
+        token = drafts.tokens[each, draft, level, place]
         levels.append((token, parent + first_parent if level else parent - 1, score, draft))
         first_parent += scores.shape[1] if level else 0
         if count > 1:
             on_path = on_path[each, parent] & (prefixes[:, None, :, level] == token[..., None])
             ending = on_path & (ends[:, None] == level + 1)
             draft = torch.where(ending.any(-1), ending.int().argmax(-1) + 1, draft)
+            place = torch.where(ending.any(-1), 0, place)  # where drafts have the tokens that they kept
     return _all_levels(levels)
+
+
+def _children(drafts: Draft, draft: Tensor, place: Tensor, level: int, width: int) -> tuple[Tensor, Tensor]:
+    """Log probabilities of the children of n nodes, and their places among a draft's tokens, both (B, n, width).
+
+    Args:
+        draft, place: (B, n), each node's draft, and its own place among that draft's tokens.
+    """
+    each = torch.arange(len(draft), device=draft.device)[:, None]
+    if drafts.transitions is None:
+        places = torch.arange(width, device=draft.device).expand(*draft.shape, width)
+        return drafts.log_probs[each, draft, level, :width], places
+    best = drafts.transitions[each, draft, level, place].topk(width, dim=-1)
+    return best.values, best.indices
 
 
 def _all_levels(levels: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Candidates:
@@ -180,13 +230,13 @@ def count_nodes(budget: int, width: int, depth: int) -> int:
     return min(budget, nodes)
 
 
-def likeliest_prefixes(anchor: Tensor, first: Draft, count: int, longest: int) -> Draft:
+def likeliest_prefixes(anchor: Tensor, first: Draft, count: int, longest: int, width: int | None = None) -> Draft:
     """The K = `count` likeliest paths under the first draft alone, `longest` deep at most, to draft on from.
 
     Where fewer exist, the rest are of length 0. Their probabilities play no part in what follows and are 1.
     """
     depth = torch.full_like(anchor, longest)
-    candidates = expand(first, count + 1)
+    candidates = expand(first, count + 1, width)
     tree = CandidateTree.from_candidates(anchor, candidates, budget=count + 1, max_depth=depth, fixed_size=True)
     node = torch.arange(1, len(tree), device=anchor.device).expand(len(anchor), -1)  # (B, K)
     tokens = anchor.new_zeros(*node.shape, first.depth)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from . import paths
 from .attention import Nodes, TreeAttention
 from .cache import Place, TreeCache
 from .candidates import Draft
@@ -35,6 +36,7 @@ class Drafter:
         self.run: Callable = model  # or compiled, for passes of a fixed shape
         self._embed = without_embed_norm(target.get_input_embeddings())
         self._head = draft_head(model, target.get_output_embeddings())
+        self._head_rows = head_rows(model, target.get_output_embeddings())
         self._generator = torch.Generator(execution_device(target.get_output_embeddings())).manual_seed(0)  # not yours
         self._attention = TreeAttention.for_model(model, backend, two_sided=True)
         self._nodes: dict[tuple[int, int, int], Nodes] = {}  # (B, K, γ) → what such blocks see of each other
@@ -114,21 +116,49 @@ class Drafter:
         return output.last_hidden_state, embeds.dtype
 
     def _read(self, hidden: Tensor, dtype: torch.dtype, blocks: Tensor, width: int) -> Draft:
-        """What the head says of the blocks' positions after their first ones."""
+        """What the heads say of the blocks' positions after their first ones; all W are there with a path head."""
         rows, count, block_size = blocks.shape
         hidden = hidden.view(rows * count, block_size, -1)[:, 1:]
         # One row of tokens, side by side: for a view with gaps a linear layer may copy its weight for every block.
         logits = self._head(hidden.reshape(1, -1, hidden.shape[-1]).to(dtype))
         logits = logits.view(rows, count, block_size - 1, -1)[..., : self.model.config.vocab_size]
         logits = logits.float()  # (B, K, γ-1, V')
-        temperatures = self.model.config.confidence_temperatures
-        if temperatures is not None:
-            logits = logits / logits.new_tensor(temperatures[: block_size - 1])[:, None]
-        values, indices = _best(logits, width)
-        log_probs = values - logits.logsumexp(-1, keepdim=True)
+        temperatures = self._temperatures(logits)
+        logits = logits if temperatures is None else logits / temperatures
+        head = self.model.path_head
+        values, indices = _best(logits, width if head is None else max(width, self.model.config.path_candidates))
+        total = logits.logsumexp(-1, keepdim=True)
         tokens = self._target_tokens(indices, blocks.device)
+        log_probs, transitions = values - total, None
+        if head is not None:
+            given = blocks[..., 1:, None] != self.model.config.mask_token_id  # (B, K, γ-1, 1), a kept prefix
+            tokens, values, total = _with_given(given, blocks[..., 1:, None], tokens, values, total)
+            scores = self._scores(hidden.view(rows, count, block_size - 1, -1), indices, tokens, blocks[..., :1, None])
+            scores = scores if temperatures is None else scores / temperatures[..., None]
+            transitions = paths.conditional(values, scores, paths.rest(values, total[..., 0])).to(blocks.device)
         confidence, log_probs = (x.to(blocks.device) for x in (log_probs.exp(), log_probs))
-        return Draft(tokens, confidence, log_probs, blocks.new_zeros(rows, count), logits)
+        draft = Draft(tokens, confidence, log_probs, blocks.new_zeros(rows, count), logits, transitions)
+        return draft.chain() if head is not None and width == 1 else draft
+
+    def _temperatures(self, logits: Tensor) -> Tensor | None:
+        """(γ-1, 1): by slot, what logits (B, K, γ-1, V') are divided by, if by anything."""
+        temperatures = self.model.config.confidence_temperatures
+        return None if temperatures is None else logits.new_tensor(temperatures[: logits.shape[2]])[:, None]
+
+    def _scores(self, hidden: Tensor, indices: Tensor, tokens: Tensor, anchor: Tensor) -> Tensor:
+        """(B, K, γ-1, W, W): the path head's, of each candidate after each one of the slot before.
+
+        Args:
+            hidden: (B, K, γ-1, H).
+            indices, tokens: (B, K, γ-1, W), places in the draft vocabulary, and the target's tokens.
+            anchor: (B, K, 1, 1), what stands before the first slot.
+        """
+        width = tokens.shape[-1]
+        before = torch.cat([anchor.expand(*anchor.shape[:3], width), tokens[:, :, :-1]], dim=2)
+        embeds = self._embed(before.flatten(1)).view(*before.shape, -1)
+        rows = self._head_rows(indices)
+        parts = (x.to(self.device, self.dtype) for x in (hidden, embeds, rows))
+        return self.model.path_head(*parts).to(hidden.device)
 
     def _target_tokens(self, indices: Tensor, device: torch.device) -> Tensor:
         """From places in the draft vocabulary to the target's tokens."""
@@ -157,6 +187,19 @@ def _best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
         return best.values, best.indices
     best = logits.topk(min(width, logits.shape[-1]), dim=-1)
     return best.values, best.indices
+
+
+def _with_given(given: Tensor, block: Tensor, tokens: Tensor, values: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+    """Tokens and logits (B, K, γ-1, W) and their total (B, K, γ-1, 1), where a slot's token is not to be drafted.
+
+    Args:
+        given: (B, K, γ-1, 1), whether it is; block: (B, K, γ-1, 1), the token, which then stands in place 0.
+    """
+    at_first = torch.arange(tokens.shape[-1], device=tokens.device) == 0
+    tokens = torch.where(given & at_first, block, tokens)
+    given = given.to(values.device)
+    values = torch.where(given, torch.where(at_first.to(values.device), 0.0, -torch.inf), values)
+    return tokens, values, torch.where(given, 0.0, total)
 
 
 def slots_of(before: list[int], width: int, start: int, size: int, device: torch.device) -> Tensor:
@@ -305,6 +348,30 @@ def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor],
     pruned = PrunedHead(weight.to(device), bias.to(device) if bias is not None else None)
     model._pruned_head = (weakref.ref(head), pruned)
     return pruned
+
+
+def head_rows(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What gives the rows (..., H) of a drafter's head at places (...) of its vocabulary."""
+
+    def rows(indices: Tensor) -> Tensor:
+        weight = model.lm_head.weight if model.config.own_head else _head_weight(model, head)
+        return nn.functional.embedding(indices.to(weight.device), weight)
+
+    return rows
+
+
+def _head_weight(model: D2SDDrafterModel, head: nn.Module) -> Tensor:
+    """(V', H)."""
+    if model.config.draft_vocab_size is None and type(head) is nn.Linear and head.weight.device.type != "meta":
+        return head.weight.detach()
+    read = _target_head(model, head)
+    if isinstance(read, PrunedHead):
+        return read.weight
+    known = getattr(model, "_read_head", None)
+    if known is None or known[0]() is not head:  # one that can only be called, quantized say
+        ids = torch.arange(model.config.vocab_size)
+        model._read_head = known = (weakref.ref(head), _rows_by_calling(head, ids, model.config.hidden_size)[0])
+    return known[1]
 
 
 def _are_rows(pruned: PrunedHead, ids: Tensor, head: nn.Linear) -> bool:

@@ -93,10 +93,10 @@ def wide(state: State) -> CandidateTree:
     options, drafts = state.options, state.draft(state.options.tree_width)
     if options.redrafts:
         longest = options.second_block_size - 2  # a position is left to draft
-        prefixes = likeliest_prefixes(state.anchors, drafts, options.num_branches, longest)
+        prefixes = likeliest_prefixes(state.anchors, drafts, options.num_branches, longest, options.tree_width)
         drafts = drafts.followed_by(state.redraft(prefixes, options.tree_width))
     assert options.tree_budget is not None
-    return state.tree(expand(drafts, options.tree_budget), fixed_size=True)
+    return state.tree(expand(drafts, options.tree_budget, options.tree_width), fixed_size=True)
 
 
 def plain(state: State) -> CandidateTree:

@@ -85,6 +85,11 @@ def cut_blocks(
     )
 
 
+def true_tokens(blocks: Blocks) -> Tensor:
+    """(B, N, γ): what stands at each slot, hidden or not; the mask token past a row's end."""
+    return torch.where(blocks.labels != NO_LABEL, blocks.labels, blocks.tokens.view(blocks.labels.shape))
+
+
 def _at(position: Tensor, values: Sequence[Tensor], padding: float) -> Tensor | None:
     """(B, N, γ, k): the rows' values (T, k) at `position` (B, N, γ); `None` without values."""
     if not values:

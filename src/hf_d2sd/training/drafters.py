@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from ..binding import tokenizer_fingerprint
 from ..compat import without_embed_norm
-from ..drafting import draft_head
+from ..drafting import draft_head, head_rows
 from ..modeling import D2SDDrafterConfig, D2SDDrafterModel, default_target_layer_ids
-from .blocks import NO_LABEL, Blocks, masks_by_layer_type
-from .losses import Labels, slot_losses, slot_weights
+from .blocks import NO_LABEL, Blocks, masks_by_layer_type, true_tokens
+from .losses import Labels, PathParts, path_losses, slot_losses, slot_weights
 from .shards import Row
 
 _KNOWN_ROPES = ("default", "linear", "dynamic", "yarn", "llama3")
@@ -129,6 +129,7 @@ class Trainee(nn.Module):
     Args:
         loss: scheme of `slot_weights`, with its `tau`.
         chunk: slots whose logits exist at a time.
+        path_head_alone: whether the rest of the drafter stays as it is.
         soft: where blocks have a teacher, the share of the loss that is cross-entropy to it.
     """
 
@@ -140,14 +141,21 @@ class Trainee(nn.Module):
         tau: float = 4.0,
         chunk: int = 1024,
         soft: float = 0.5,
+        path_head_alone: bool = False,
     ):
         super().__init__()
-        self._soft = soft
+        self._soft, self._path_head_alone = soft, path_head_alone
+        if path_head_alone:
+            model.requires_grad_(False).path_head.requires_grad_(True)
         self.model = model
         self._loss, self._tau, self._chunk = loss, tau, chunk
         head, dtype = draft_head(model, target.get_output_embeddings()), target.dtype
         self._embed = (target.get_input_embeddings(),)  # in a tuple: no submodule
         self._head = lambda hidden: head(hidden.to(dtype))
+        self._path_parts = None
+        if model.path_head is not None:
+            rows = head_rows(model, target.get_output_embeddings())
+            self._path_parts = PathParts(model.path_head, self._head, rows, model.config.path_candidates)
         self._draft_index = None  # (V,): a token's index among the head's outputs
         if model.config.draft_vocab_size is not None:
             index = torch.full((model.config.vocab_size,), NO_LABEL)
@@ -160,12 +168,13 @@ class Trainee(nn.Module):
         with torch.no_grad():
             embeds = without_embed_norm(embed)(blocks.tokens)
         dtype = self.model.fc.weight.dtype
-        output = self.model(
-            noise_embeds=embeds.to(blocks.context.device, dtype),
-            context_hidden_states=blocks.context.to(dtype),
-            position_ids=blocks.position_ids,
-            attention_mask=masks_by_layer_type(blocks, self.model.config),
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._path_head_alone):
+            output = self.model(
+                noise_embeds=embeds.to(blocks.context.device, dtype),
+                context_hidden_states=blocks.context.to(dtype),
+                position_ids=blocks.position_ids,
+                attention_mask=masks_by_layer_type(blocks, self.model.config),
+            )
         return output.last_hidden_state.view(*blocks.labels.shape, -1)
 
     def logits(self, blocks: Blocks) -> Tensor:
@@ -183,7 +192,7 @@ class Trainee(nn.Module):
             ids = blocks.teacher_ids[labelled]
             ids = ids if self._draft_index is None else self._draft_index.to(ids.device)[ids]
             wanted = Labels(labels, ids, blocks.teacher_log_probs[labelled], self._soft)
-        losses, entropies, right = slot_losses(self.hidden(blocks)[labelled], wanted, self._head, self._chunk)
+        losses, entropies, right = self._losses(self.hidden(blocks)[labelled], wanted, blocks, labelled)
         spread = torch.full(labelled.shape, torch.inf, device=losses.device)
         spread[labelled] = torch.where(labels != NO_LABEL, entropies, torch.inf)
         weights = slot_weights(self._loss, spread, spread.isfinite() | spread.isnan(), blocks.distance, self._tau)
@@ -191,3 +200,20 @@ class Trainee(nn.Module):
         hits = torch.zeros_like(labelled)
         hits[labelled] = right
         return (losses * weights).sum() / weights.sum().clamp(min=1e-9), hits, torch.exp(-spread)
+
+    def _losses(self, hidden: Tensor, wanted: Labels, blocks: Blocks, labelled: Tensor) -> tuple[Tensor, ...]:
+        """Of each of M slots (M, H) the loss, the cross-entropy of its token, and whether the best one is right; (M,).
+
+        With a path head the latter two are given the true token before, and the loss is the sum of both heads'.
+        """
+        if self._path_parts is None:
+            return slot_losses(hidden, wanted, self._head, self._chunk)
+        with torch.no_grad():
+            embed = without_embed_norm(self._embed[0])
+            before = embed(true_tokens(blocks).roll(1, -1)[labelled])  # slot 0 is the anchor's, never labelled
+        before = before.to(hidden.device, hidden.dtype)
+        given, right = path_losses(hidden.detach(), before, wanted.tokens, self._path_parts, self._chunk)
+        if self._path_head_alone:
+            return given, given.detach(), right
+        losses, _, _ = slot_losses(hidden, wanted, self._head, self._chunk)
+        return losses + given, given.detach(), right

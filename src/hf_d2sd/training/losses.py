@@ -6,9 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import paths
 from .blocks import NO_LABEL
 
 SCHEMES = ("decay", "dpace")
+_WORST = 20.0  # the loss of a token that is no candidate where nothing was left for others
 
 Head = Callable[[Tensor], Tensor]  # hidden states (M, H) to logits (M, V)
 
@@ -96,6 +98,45 @@ def _losses_of_chunk(
         gradient.scatter_add_(1, labels.teacher_ids.clamp(min=0), -weights)
     (by_hidden,) = torch.autograd.grad(output, hidden, gradient.to(output.dtype))
     return losses, entropies, right, by_hidden
+
+
+def path_losses(
+    hidden: Tensor, previous: Tensor, labels: Tensor, parts: "PathParts", chunk: int
+) -> tuple[Tensor, Tensor]:
+    """The loss (M,) of each of M slots, given the token before it, and whether the likeliest token is then right (M,).
+
+    The loss is the cross-entropy of what decoding reads: the candidates' corrected logits, and all other tokens as
+    one. Its gradient is the path head's alone.
+
+    Args:
+        hidden: (M, H); previous: (M, H), embeddings of the true tokens before; labels: (M,), as `Labels.tokens`.
+    """
+    losses, right = [], []
+    for slots, before, label in zip(hidden.split(chunk), previous.split(chunk), labels.split(chunk)):
+        with torch.no_grad():
+            logits = parts.head(slots).float()
+            best = logits.topk(min(parts.candidates, logits.shape[-1]), dim=-1)
+            others = paths.rest(best.values, logits.logsumexp(-1))  # (m,)
+            rows = parts.rows(best.indices)
+        scores = parts.path_head(slots, before[:, None], rows.to(slots.dtype))  # (m, 1, C)
+        log_probs = paths.conditional(best.values, scores, others)[:, 0]
+        here = best.indices == label[:, None]
+        missed = others - torch.logaddexp((best.values + scores[:, 0]).logsumexp(-1), others)
+        missed = missed.clamp(min=-_WORST)
+        said = torch.where(here.any(-1), torch.where(here, log_probs, 0.0).sum(-1), missed)
+        losses.append(torch.where(label != NO_LABEL, -said, 0.0))
+        right.append((best.indices.gather(1, log_probs.argmax(-1, keepdim=True)) == label[:, None])[:, 0])
+    return torch.cat(losses), torch.cat(right)
+
+
+@dataclass(frozen=True)
+class PathParts:
+    """What a path head is trained with."""
+
+    path_head: Callable  # see `D2SDPathHead.forward`
+    head: Head
+    rows: Callable[[Tensor], Tensor]  # rows (..., H) of the LM head at places (...) of the draft vocabulary
+    candidates: int  # how many of a slot's likeliest tokens are scored
 
 
 def slot_weights(scheme: str, losses: Tensor, counted: Tensor, distance: Tensor, tau: float) -> Tensor:

@@ -42,6 +42,17 @@ class TrainOptions:
             "choices": ["shared", "layerwise"],
         },
     )
+    path_rank: int | None = field(
+        default=None, metadata={"help": "a path head of this rank is learned with the drafter; default: none"}
+    )
+    path_dropout: float = field(default=0.4, metadata={"help": "of the path head, in training"})
+    train: str = field(
+        default="drafter",
+        metadata={
+            "help": "drafter: all of it; path_head: that alone, the rest stays as it is (needs --init)",
+            "choices": ["drafter", "path_head"],
+        },
+    )
     draft_vocab_size: int | None = field(default=None, metadata={"help": "how many frequent tokens; default: all"})
     mask_token: str | None = field(default=None, metadata={"help": "default: the tokenizer's, or one the rows lack"})
     init_layers: str = field(
@@ -88,6 +99,8 @@ class TrainOptions:
         for name in "num_layers rows anchors accumulation loss_chunk eval_every save_every log_every".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if not 0 <= self.path_dropout < 1:
+            raise ValueError(f"path_dropout must be at least 0 and below 1; got {self.path_dropout}.")
         if self.held_out < 2:
             raise ValueError(f"held_out must be at least 2, one row in so many; got {self.held_out}.")
         if self.distill_top_k < 0 or not 0 <= self.distill_weight <= 1:
@@ -101,6 +114,12 @@ class TrainOptions:
             raise ValueError(f"trackers {sorted(absent)} are not installed: pip install them, or leave them out.")
         if self.init is not None and (self.role == "lm" or self.init_layers != "random"):
             raise ValueError("init brings a drafter's weights: pass it without --role lm and without --init_layers.")
+        if self.train == "path_head" and (self.init is None or self.role == "lm" or self.draft_vocab_size is not None):
+            raise ValueError(
+                "train=path_head adds to a drafter that is there: pass --init, its role, and no vocabulary."
+            )
+        if self.train == "path_head" and self.path_rank is None:
+            self.path_rank = 128
         if self.role != "second":
             self.prefix_base = self.on_policy = 0.0
         elif self.first is None:

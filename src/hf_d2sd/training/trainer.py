@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..binding import bind
 from ..compat import set_attention
 from ..modeling import D2SDAssistant, D2SDDrafterModel
+from ..modeling.modeling_d2sd import D2SDPathHead
 from ..pairs import load_drafter
 from .blocks import Blocks, cut_blocks, draw_anchors, draw_prefix_lengths
 from .draft_lm import DraftLMRun
@@ -37,6 +38,7 @@ _SHAPE = {
     "qk_norm": "qk_norm",
     "feature_fusion": "feature_fusion",
     "sliding_window": "sliding_window",
+    "path_rank": "path_rank",
 }
 
 
@@ -90,7 +92,12 @@ class DrafterRun(TrainingRun):
                         TeacherCache(options.distill_top_k).fill(folder, target, batch_size=options.rows)
             rows = [row for folder in options.data for row in read_placed_rows(folder)]
         model.to(accelerator.device)
-        trainee = Trainee(model, target, options.loss, options.tau, options.loss_chunk, soft=options.distill_weight)
+        alone = options.train == "path_head"
+        if model.path_head is not None:
+            model.path_head.dropout = options.path_dropout
+        trainee = Trainee(
+            model, target, options.loss, options.tau, options.loss_chunk, options.distill_weight, path_head_alone=alone
+        )
         if self.first is not None:
             self._first_trainee = Trainee(self.first, target, chunk=options.loss_chunk)
         super().__init__(options, target, accelerator, trainee, rows)
@@ -176,6 +183,8 @@ def _loaded_model(options: TrainOptions, target, tokenizer, rows: list[Row]) -> 
     if config.mask_token_id is None:
         raise ValueError(f"{options.init} does not say which token masks what it shall draft: pass --mask_token.")
     seen = {option: getattr(config, name) for option, name in _SHAPE.items()}
+    if config.path_rank is None:
+        del seen["path_rank"]  # one may be added
     seen["mask_token"] = tokenizer.convert_ids_to_tokens(config.mask_token_id)
     defaults = {field.name: field.default for field in dataclasses.fields(options)} | {"block_size": None}
     differing = [
@@ -194,6 +203,11 @@ def _loaded_model(options: TrainOptions, target, tokenizer, rows: list[Row]) -> 
         config.draft_vocab_size = options.draft_vocab_size
         model.register_buffer("draft_token_ids", frequent_tokens(rows, config))
     config.confidence_temperatures = None
+    if options.path_rank is not None and model.path_head is None:
+        torch.manual_seed(options.seed)
+        config.path_rank, config.path_width = options.path_rank, 2 * options.path_rank
+        model.path_head = D2SDPathHead(config)
+        model.path_head.reset()
     return model
 
 
