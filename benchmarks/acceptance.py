@@ -7,9 +7,9 @@ side by side. Rows go to FILE.jsonl as they come, their settings to FILE.run.jso
 stopped; several runs with --part share the work. The mean over files is that of the files' own figures, so that each
 counts alike.
 
-With --replay the target's greedy text is written once, plainly, and its hidden states are computed once: the drafters
-then decode it with everything real but the target's passes, see `hf_d2sd.benchmark.replaying`. On a CPU that is several
-times faster. The figures differ from real decoding by what bf16 rounds otherwise in passes of other shapes.
+With --replay the target's greedy text is written once, plainly, and its hidden states are computed once: drafters then
+decode it with everything real but the target's passes, see `hf_d2sd.benchmark.replaying`. The figures differ from real
+decoding by what bf16 rounds otherwise in passes of other shapes.
 
 The rows of the paper's ablation hold all nodes that the drafts give; the wide trees hold --nodes, the anchor included:
 the nodes a pass are printed beside each figure, since they are what a pass costs.
@@ -132,11 +132,11 @@ def known_texts(args, target, inputs: dict, prompts: list[list[int]]) -> list[Te
         parts = row.unflatten(-1, (len(layers), -1))
         return functools.cache(lambda layer_ids: parts[:, list(layer_ids)].flatten(1))
 
-    readers = map(reader, states)
-    return [
-        Text(row.tokens, row.prompt_length, lambda ids, read=read: read(tuple(ids)))
-        for row, read in zip(rows, readers)
-    ]
+    known = []
+    for row, states_of_row in zip(rows, states):
+        read = reader(states_of_row)
+        known.append(Text(row.tokens, row.prompt_length, lambda ids, read=read: read(tuple(ids))))
+    return known
 
 
 def replayed(args, target, texts: list[Text], arguments: dict) -> dict:

@@ -78,8 +78,8 @@ class D2SDDrafterConfig(_CheckedConfig):
         input_embedding_scale (`float`, *optional*): where set, the scale that the target's embedding has to have.
         feature_fusion (`str`): `"shared"`, one projection of the features for all layers, or `"layerwise"`: each layer
             first weighs the target's layers in a way of its own (after DFlare, arXiv 2606.02091).
-        path_rank (`int`, *optional*): rank of the path head, which corrects a slot's logits by the token before it; `None`
-            for a drafter without one, whose positions know nothing of each other's tokens.
+        path_rank (`int`, *optional*): rank of the path head, which corrects a slot's logits by the token before it;
+            `None` for a drafter without one, whose positions know nothing of each other's tokens.
         path_width (`int`, *optional*): inner width of the path head; defaults to twice its rank.
         path_candidates (`int`): how many of a slot's likeliest tokens the path head scores.
         confidence_temperatures (`list[float]`, *optional*): for each of the γ-1 drafted positions, what its logits

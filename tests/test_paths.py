@@ -294,8 +294,7 @@ def test_both_are_trained_together_and_the_heads_loss_leaves_the_drafter_alone()
     target, gradients = tiny_target(), []
     for drafter in (tiny_drafter(5), with_head()):
         drafter = drafter.train()
-        shared = {name: value for name, value in tiny_drafter(5).state_dict().items()}
-        drafter.load_state_dict(shared, strict=False)
+        drafter.load_state_dict(tiny_drafter(5).state_dict(), strict=False)
         drafter.zero_grad()
         Trainee(drafter, target)(random_blocks(drafter, random_rows(12, 15)))[0].backward()
         gradients.append(drafter.fc.weight.grad)

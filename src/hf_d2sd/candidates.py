@@ -83,11 +83,10 @@ class Draft:
         depth, width = max(self.depth, other.depth), max(self.width, other.width)
         both = [draft.padded(depth, width) for draft in (self, other)]
         names = ("tokens", "confidence", "log_probs", "kept")
-        joined = (torch.cat([getattr(draft, name) for draft in both], dim=1) for name in names)
-        transitions = None
+        joined = {name: torch.cat([getattr(draft, name) for draft in both], dim=1) for name in names}
         if any(draft.transitions is not None for draft in both):
-            transitions = torch.cat([draft.after_each() for draft in both], dim=1)
-        return Draft(*joined, transitions=transitions)
+            joined["transitions"] = torch.cat([draft.after_each() for draft in both], dim=1)
+        return Draft(**joined)
 
     def padded(self, depth: int, width: int) -> "Draft":
         """Of that depth and width, with nothing said of what comes to it."""
@@ -165,7 +164,8 @@ def expand(drafts: Draft, budget: int, width: int | None = None) -> Candidates:
     """The likeliest nodes by all drafts, found level by level, at most `budget` - 1 in each.
 
     A path's probability is the product of its tokens' probabilities, each by the draft with the longest prefix on the
-    path, and by a path head given the token before it. It never rises on the way down, so that the best nodes of all levels are among these.
+    path, and by a path head given the token before it. It never rises on the way down, so that the best nodes of all
+    levels are among these.
 
     Args:
         drafts: the first blocks, then those that go on after prefixes of their paths.

@@ -1,7 +1,7 @@
 """Decoding a text that is known already: what drafters would have had accepted, without the target's passes.
 
-The target's greedy text decides what a cycle accepts, and its hidden states are all that drafters read of it. With both
-at hand, from one forward over the whole text, the engine's own loop runs with everything real but the target.
+The target's greedy text decides what a cycle accepts, and its hidden states are all that drafters read of it. With
+both at hand, from one forward over the whole text, the engine's own loop runs with everything real but the target.
 """
 
 from collections.abc import Callable, Sequence
