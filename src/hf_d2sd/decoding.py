@@ -80,8 +80,16 @@ class Batch:
                 drafter.extend(step, self.target.positions)
         greatest = self.choosers.look(step.logits).tolist()
         for chooser, row in zip(self.choosers.active, greatest):
+            self._let_draft(chooser.sequence[0].tolist())
             chooser.know(row)
-        return step, [chooser.choose(0) for chooser in self.choosers.active]
+        anchors = [chooser.choose(0) for chooser in self.choosers.active]
+        self._let_draft(anchors)
+        return step, anchors
+
+    def _let_draft(self, tokens: list[int]) -> None:
+        """What the text says can be drafted from now on."""
+        for drafter in self.drafters:
+            drafter.words.add(tokens)
 
     def state(self, anchors: list[int]) -> State:
         """What the next cycle starts from."""
@@ -124,6 +132,7 @@ class Batch:
         self.target.commit(step, accepted.nodes, counts)
         for drafter in self.drafters:
             drafter.extend(step, self.target.positions, accepted.nodes, counts)
+        self._let_draft([token for row in accepted.emitted for token in row])
 
     def leave(self, anchors: list[int]) -> list[int]:
         """Let finished rows leave the batch; returns the anchors of those that stay."""

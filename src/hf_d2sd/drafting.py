@@ -15,6 +15,7 @@ from .candidates import Draft
 from .compat import execution_device, without_embed_norm
 from .modeling import D2SDDrafterModel
 from .target import TargetPass
+from .vocabulary import CallWords
 
 
 class Drafter:
@@ -37,6 +38,7 @@ class Drafter:
         self._embed = without_embed_norm(target.get_input_embeddings())
         self._head = draft_head(model, target.get_output_embeddings())
         self._head_rows = head_rows(model, target.get_output_embeddings())
+        self.words = CallWords(model, target.get_output_embeddings(), lambda *rows: _scaled(model, PrunedHead(*rows)))
         self._generator = torch.Generator(execution_device(target.get_output_embeddings())).manual_seed(0)  # not yours
         self._attention = TreeAttention.for_model(model, backend, two_sided=True)
         self._nodes: dict[tuple[int, int, int], Nodes] = {}  # (B, K, γ) → what such blocks see of each other
@@ -120,7 +122,8 @@ class Drafter:
         rows, count, block_size = blocks.shape
         hidden = hidden.view(rows * count, block_size, -1)[:, 1:]
         # One row of tokens, side by side: for a view with gaps a linear layer may copy its weight for every block.
-        logits = self._head(hidden.reshape(1, -1, hidden.shape[-1]).to(dtype))
+        flat = hidden.reshape(1, -1, hidden.shape[-1]).to(dtype)
+        logits = self.words.logits(flat, self._head(flat))
         logits = logits.view(rows, count, block_size - 1, -1)[..., : self.model.config.vocab_size]
         logits = logits.float()  # (B, K, γ-1, V')
         temperatures = self._temperatures(logits)
@@ -156,7 +159,7 @@ class Drafter:
         width = tokens.shape[-1]
         before = torch.cat([anchor.expand(*anchor.shape[:3], width), tokens[:, :, :-1]], dim=2)
         embeds = self._embed(before.flatten(1)).view(*before.shape, -1)
-        rows = self._head_rows(indices)
+        rows = self._head_rows(indices, tokens)
         parts = (x.to(self.device, self.dtype) for x in (hidden, embeds, rows))
         return self.model.path_head(*parts).to(hidden.device)
 
@@ -164,6 +167,8 @@ class Drafter:
         """From places in the draft vocabulary to the target's tokens."""
         if self.model.config.draft_vocab_size is not None:
             ids = self.model.draft_token_ids
+            if len(self.words):
+                ids = torch.cat([ids, self.words.ids.to(ids.device)])
             indices = ids[indices.to(ids.device)]
         return indices.to(device)
 
@@ -314,8 +319,13 @@ class PrunedHead:
 
 def draft_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor], Tensor]:
     """What gives a drafter's logits: the target's head or the drafter's own, scaled and capped as its config says."""
+    read = PrunedHead(model.lm_head.weight, None) if model.config.own_head else _target_head(model, head)
+    return _scaled(model, read)
+
+
+def _scaled(model: D2SDDrafterModel, read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same logits, scaled and capped as the drafter's config says."""
     config = model.config
-    read = PrunedHead(model.lm_head.weight, None) if config.own_head else _target_head(model, head)
     multiplier, cap = config.output_multiplier, config.final_logit_softcapping
     if multiplier == 1.0 and cap is None:
         return read
@@ -350,25 +360,28 @@ def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor],
     return pruned
 
 
-def head_rows(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """What gives the rows (..., H) of a drafter's head at places (...) of its vocabulary."""
+def head_rows(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """What gives the rows (..., H) of a drafter's head: of places (...) in its vocabulary, with their tokens (...)."""
 
-    def rows(indices: Tensor) -> Tensor:
-        weight = model.lm_head.weight if model.config.own_head else _head_weight(model, head)
-        return nn.functional.embedding(indices.to(weight.device), weight)
+    def rows(indices: Tensor, tokens: Tensor) -> Tensor:
+        if model.config.own_head:
+            places, weight = indices, model.lm_head.weight
+        elif type(head) is nn.Linear and head.weight.device.type != "meta":
+            places, weight = tokens, head.weight.detach()
+        else:
+            places, weight = indices, _weight_by_calling(model, head)
+        return nn.functional.embedding(places.to(weight.device), weight)
 
     return rows
 
 
-def _head_weight(model: D2SDDrafterModel, head: nn.Module) -> Tensor:
-    """(V', H)."""
-    if model.config.draft_vocab_size is None and type(head) is nn.Linear and head.weight.device.type != "meta":
-        return head.weight.detach()
+def _weight_by_calling(model: D2SDDrafterModel, head: nn.Module) -> Tensor:
+    """(V', H), of a head that can only be called, a quantized one say; read once for a target."""
     read = _target_head(model, head)
     if isinstance(read, PrunedHead):
         return read.weight
     known = getattr(model, "_read_head", None)
-    if known is None or known[0]() is not head:  # one that can only be called, quantized say
+    if known is None or known[0]() is not head:
         ids = torch.arange(model.config.vocab_size)
         model._read_head = known = (weakref.ref(head), _rows_by_calling(head, ids, model.config.hidden_size)[0])
     return known[1]

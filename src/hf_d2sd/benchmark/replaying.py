@@ -95,6 +95,11 @@ class Counts:
             self.nodes += len(host) if emitted else 0
 
 
+def left_padded(tokens: Tensor, width: int) -> Tensor:
+    """(width,), with the first token as filling."""
+    return torch.cat([tokens[:1].expand(width - len(tokens)), tokens])
+
+
 @torch.inference_mode()
 def replay(
     assistant: D2SDAssistant,
@@ -114,7 +119,7 @@ def replay(
     criteria = StoppingCriteriaList(
         [MaxLengthCriteria(width + max_new_tokens), EosTokenCriteria(torch.tensor(eos_token_id))]
     )
-    prompts = torch.zeros(len(texts), width, dtype=torch.long)  # only their width is read
+    prompts = torch.stack([left_padded(text.tokens[: text.prompt_length], width) for text in texts])
     choosers = KnownChoosers(prompts, [], criteria, do_sample=False)
     drafters = [Drafter(model, target) for model in assistant.drafters[: 2 if options.redrafts else 1]]
     known, counts = KnownTarget(texts), Counts()

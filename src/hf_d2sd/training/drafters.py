@@ -154,8 +154,12 @@ class Trainee(nn.Module):
         self._head = lambda hidden: head(hidden.to(dtype))
         self._path_parts = None
         if model.path_head is not None:
-            rows = head_rows(model, target.get_output_embeddings())
-            self._path_parts = PathParts(model.path_head, self._head, rows, model.config.path_candidates)
+            rows, ids = head_rows(model, target.get_output_embeddings()), getattr(model, "draft_token_ids", None)
+
+            def rows_at(places: Tensor) -> Tensor:
+                return rows(places, places if ids is None else ids.to(places.device)[places])
+
+            self._path_parts = PathParts(model.path_head, self._head, rows_at, model.config.path_candidates)
         self._draft_index = None  # (V,): a token's index among the head's outputs
         if model.config.draft_vocab_size is not None:
             index = torch.full((model.config.vocab_size,), NO_LABEL)

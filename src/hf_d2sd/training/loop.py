@@ -46,6 +46,7 @@ class TrainingRun:
         self.wrapped, self.optimizer = accelerator.prepare(trainee, self.optimizer)
         self.averaged = [p.detach().clone() for p in self.parameters] if options.ema else None
         self.step, self.best = 0, 0.0
+        self.spent = 0.0  # seconds of updates, over all starts of the run
         self._epoch: tuple[int, list[list[int]]] | None = None  # the present epoch's batches
 
     def batch(self, rows: list[Row], generator: torch.Generator):
@@ -101,11 +102,23 @@ class TrainingRun:
             self._epoch = epoch, epoch_batches(lengths, epoch, self.batch_size, self.options.seed)
         return self._epoch[1][index]
 
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, by steps or by time."""
+        if self.options.minutes is not None:
+            return self.spent / (60 * self.options.minutes)
+        return self.step / self.total_steps
+
+    @property
+    def finished(self) -> bool:
+        return self.progress >= 1
+
     def learning_rate(self) -> float:
         """Linear warm-up, then a cosine to 0."""
-        progress = self.step / self.total_steps
+        progress = min(self.progress, 1.0)
         if progress < self.options.warmup:
-            return self.options.lr * (progress + 1 / self.total_steps) / self.options.warmup
+            first = 1 / self.total_steps if self.options.minutes is None else 1e-3  # so that no step is for nothing
+            return self.options.lr * (progress + first) / self.options.warmup
         share = (progress - self.options.warmup) / max(1 - self.options.warmup, 1e-9)
         return self.options.lr * 0.5 * (1 + math.cos(math.pi * share))
 
@@ -136,9 +149,9 @@ class TrainingRun:
         started = time.monotonic()
         for window in self._windows():
             self._log(loss=window, lr=self.learning_rate())
-            if self.step % self.options.eval_every == 0 or self.step == self.total_steps:
+            if self.step % self.options.eval_every == 0 or self.finished:
                 measured = self._evaluate()
-            if self.step % self.options.save_every == 0 or self.step == self.total_steps:
+            if self.step % self.options.save_every == 0 or self.finished:
                 self.save()
                 if self.options.stop_after is not None and time.monotonic() - started > 60 * self.options.stop_after:
                     break
@@ -151,11 +164,14 @@ class TrainingRun:
         stops = (options.log_every, options.eval_every, options.save_every)
         losses = []
         main = self.accelerator.is_main_process
-        with tqdm(total=self.total_steps, initial=self.step, desc=options.role, disable=not main) as bar:
-            while self.step < self.total_steps:
+        total = self.total_steps if options.minutes is None else None
+        with tqdm(total=total, initial=self.step, desc=options.role, disable=not main) as bar:
+            while not self.finished:
+                started = time.monotonic()
                 losses.append(self.update())
+                self._spend(time.monotonic() - started)
                 bar.update()
-                if self.step == self.total_steps or any(self.step % every == 0 for every in stops):
+                if self.finished or any(self.step % every == 0 for every in stops):
                     loss = self.accelerator.gather(torch.stack(losses).mean()[None]).mean().item()
                     if not math.isfinite(loss):
                         raise FloatingPointError(
@@ -165,6 +181,12 @@ class TrainingRun:
                     bar.set_postfix(loss=f"{loss:.3f}")
                     yield loss
                     losses.clear()
+
+    def _spend(self, seconds: float) -> None:
+        """Count the time of an update: where a schedule follows it, the slowest device's, so that all end together."""
+        if self.options.minutes is not None and self.accelerator.num_processes > 1:
+            seconds = self.accelerator.gather(torch.tensor([seconds], device=self.accelerator.device)).max().item()
+        self.spent += seconds
 
     def _log(self, **values) -> None:
         if self.accelerator.is_main_process:
@@ -222,6 +244,7 @@ class TrainingRun:
                 tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in moments.items()}
             tensors |= {f"averaged/{index}": tensor for index, tensor in enumerate(self.averaged or [])}
             tensors |= {"step": torch.tensor(self.step), "best": torch.tensor(self.best, dtype=torch.float64)}
+            tensors |= {"spent": torch.tensor(self.spent, dtype=torch.float64)}
             write_tensors(
                 self._checkpoint,
                 {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
@@ -243,6 +266,7 @@ class TrainingRun:
         records.refuse_other_settings(there, json.loads(self._run_options()), self._checkpoint)
         tensors = load_file(self._checkpoint)
         self.step, self.best = int(tensors.pop("step")), float(tensors.pop("best"))
+        self.spent = float(tensors.pop("spent", 0.0))
         moments: dict[int, dict[str, Tensor]] = {}
         weights, averaged = {}, {}
         for name, tensor in tensors.items():

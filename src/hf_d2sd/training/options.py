@@ -16,7 +16,13 @@ class TrainOptions:
     target: str = field(metadata={"help": "folder or Hub id of the target"})
     data: list[Path] = field(metadata={"help": "folders of `hf-d2sd distill`, one or more"})
     out: Path = field(metadata={"help": "folder of the run: checkpoint, log, the last and the best drafter"})
-    role: str = field(default="first", metadata={"help": "first, second, or lm", "choices": ["first", "second", "lm"]})
+    role: str = field(
+        default="first",
+        metadata={
+            "help": "first, second, both in one loop, or lm",
+            "choices": ["first", "second", "both", "lm"],
+        },
+    )
     first: str | None = field(default=None, metadata={"help": "second: the trained first drafter, or its pair"})
     init: str | None = field(
         default=None,
@@ -69,6 +75,9 @@ class TrainOptions:
     )
     epochs: float = 6.0
     max_steps: int | None = field(default=None, metadata={"help": "instead of epochs"})
+    minutes: float | None = field(
+        default=None, metadata={"help": "instead of both: the schedule is one of time, and ends when it has passed"}
+    )
     rows: int = field(default=4, metadata={"help": "rows in a forward, on each device"})
     anchors: int = field(default=64, metadata={"help": "blocks out of each row"})
     max_length: int = field(default=3072, metadata={"help": "longer rows are cut"})
@@ -99,6 +108,8 @@ class TrainOptions:
         for name in "num_layers rows anchors accumulation loss_chunk eval_every save_every log_every".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if self.minutes is not None and (self.minutes <= 0 or self.max_steps is not None):
+            raise ValueError(f"minutes must be above 0, and without max_steps; got {self.minutes}, {self.max_steps}.")
         if not 0 <= self.path_dropout < 1:
             raise ValueError(f"path_dropout must be at least 0 and below 1; got {self.path_dropout}.")
         if self.held_out < 2:
@@ -120,9 +131,11 @@ class TrainOptions:
             )
         if self.train == "path_head" and self.path_rank is None:
             self.path_rank = 128
-        if self.role != "second":
+        if self.role == "both" and self.first is not None:
+            raise ValueError("role=both trains the first drafter too: pass it, or a pair, as --init, not as --first.")
+        if self.role not in ("second", "both"):
             self.prefix_base = self.on_policy = 0.0
-        elif self.first is None:
+        elif self.role == "second" and self.first is None:
             self.on_policy = 0.0
         if self.tau is None:
             self.tau = 7.0 if self.block_size >= 16 else 5.0 if self.block_size >= 10 else 4.0

@@ -2,10 +2,11 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..binding import bind
@@ -58,7 +59,7 @@ def train(options: TrainOptions) -> dict:
     options.out.mkdir(parents=True, exist_ok=True)
     target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).eval().requires_grad_(False)
     target.to(accelerator.device)
-    kind = DraftLMRun if options.role == "lm" else DrafterRun
+    kind = {"lm": DraftLMRun, "both": PairRun}.get(options.role, DrafterRun)
     run = kind(options, target, AutoTokenizer.from_pretrained(options.target), accelerator)
     run.load()
     return run.run()
@@ -70,49 +71,59 @@ class DrafterRun(TrainingRun):
     def __init__(self, options: TrainOptions, target, tokenizer, accelerator: Accelerator):
         rows = read_rows(*options.data)
         self.first = _load_first(options, accelerator.device)
-        if options.init is None:
-            model = _new_model(options, target, tokenizer, rows, self.first)
-        else:
-            model = _loaded_model(options, target, tokenizer, rows)
-        if self.first is not None and options.draft_vocab_size is not None:
-            if self.first.config.draft_vocab_size == options.draft_vocab_size:
-                model.draft_token_ids.copy_(self.first.draft_token_ids)  # what both can say is the same
+        model = _model(options, options.role, target, tokenizer, rows, self.first)
         bind(D2SDAssistant.from_drafters(model), target, tokenizer)
+        self._read_layers_of(model, options)
+        rows = self._with_features(rows, options, target, accelerator)
+        trainee = _trainee(model.to(accelerator.device), options, target)
+        if self.first is not None:
+            self._first_trainee = Trainee(self.first, target, chunk=options.loss_chunk)
+        super().__init__(options, target, accelerator, trainee, rows)
+
+    def _read_layers_of(self, model: D2SDDrafterModel, options: TrainOptions) -> None:
+        """Take the target's layers that this drafter reads for all.
+
+        Raises:
+            ValueError: if the first drafter, whose acceptance is asked for, reads others.
+        """
         self.layer_ids = model.config.target_layer_ids
         if options.on_policy and self.first.config.target_layer_ids != self.layer_ids:
             raise ValueError(
                 f"on_policy needs drafters that read the same layers; the first reads "
                 f"{self.first.config.target_layer_ids}. Pass them as target_layer_ids, or --on_policy 0."
             )
-        if options.features == "cache":
-            with accelerator.main_process_first():
-                for folder in options.data:
-                    FeatureCache(self.layer_ids).fill(folder, target, batch_size=options.rows)
-                    if options.distill_top_k:
-                        TeacherCache(options.distill_top_k).fill(folder, target, batch_size=options.rows)
-            rows = [row for folder in options.data for row in read_placed_rows(folder)]
-        model.to(accelerator.device)
-        alone = options.train == "path_head"
-        if model.path_head is not None:
-            model.path_head.dropout = options.path_dropout
-        trainee = Trainee(
-            model, target, options.loss, options.tau, options.loss_chunk, options.distill_weight, path_head_alone=alone
-        )
-        if self.first is not None:
-            self._first_trainee = Trainee(self.first, target, chunk=options.loss_chunk)
-        super().__init__(options, target, accelerator, trainee, rows)
+
+    def _with_features(self, rows: list[Row], options: TrainOptions, target, accelerator: Accelerator) -> list[Row]:
+        """The rows, which know where their features are, if these shall be kept."""
+        if options.features != "cache":
+            return rows
+        with accelerator.main_process_first():
+            for folder in options.data:
+                FeatureCache(self.layer_ids).fill(folder, target, batch_size=options.rows)
+                if options.distill_top_k:
+                    TeacherCache(options.distill_top_k).fill(folder, target, batch_size=options.rows)
+        return [row for folder in options.data for row in read_placed_rows(folder)]
 
     def batch(self, rows: list[Row], generator: torch.Generator) -> Blocks:
-        options = self.options
-        anchors = draw_anchors(rows, options.anchors, generator)
-        prefix_lengths = draw_prefix_lengths(anchors.shape, options.block_size, options.prefix_base, generator)
-        features = self.features(rows)
-        if options.on_policy:
-            accepted = self._accepted_by_first(rows, features, anchors).to("cpu").clamp(max=options.block_size - 2)
-            on_policy = torch.rand(anchors.shape, generator=generator) < options.on_policy
-            prefix_lengths = torch.where(on_policy, accepted, prefix_lengths)
-        teachers = self.teachers(rows) if options.distill_top_k else ()
+        anchors = draw_anchors(rows, self.options.anchors, generator)
+        features, teachers = self.features(rows), self._teachers_of(rows)
+        prefix_lengths = self._prefix_lengths(rows, features, anchors, generator)
         return cut_blocks(rows, features, anchors, prefix_lengths, self.trainee.model.config, teachers)
+
+    def _prefix_lengths(
+        self, rows: list[Row], features: list[Tensor], anchors: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """(B, N), how many tokens after its anchor a block of this role shows."""
+        options = self.options
+        prefix_lengths = draw_prefix_lengths(anchors.shape, options.block_size, options.prefix_base, generator)
+        if not options.on_policy:
+            return prefix_lengths
+        accepted = self._accepted_by_first(rows, features, anchors).to("cpu").clamp(max=options.block_size - 2)
+        on_policy = torch.rand(anchors.shape, generator=generator) < options.on_policy
+        return torch.where(on_policy, accepted, prefix_lengths)
+
+    def _teachers_of(self, rows: list[Row]) -> list[Teacher]:
+        return self.teachers(rows) if self.options.distill_top_k else []
 
     def features(self, rows: list[Row]) -> list[Tensor]:
         """(T, F) of each row."""
@@ -145,8 +156,78 @@ class DrafterRun(TrainingRun):
         )
 
 
+class PairRun(DrafterRun):
+    """The training of both drafters in one loop: features of the target, half of what a step costs, serve both."""
+
+    def __init__(self, options: TrainOptions, target, tokenizer, accelerator: Accelerator):
+        rows = read_rows(*options.data)
+        self.first = first = _model(options, "first", target, tokenizer, rows, None)
+        second = _model(options, "second", target, tokenizer, rows, first)
+        pair = D2SDAssistant.from_drafters(first, second)
+        bind(pair, target, tokenizer)
+        self._read_layers_of(second, options)
+        if first.config.target_layer_ids != self.layer_ids:
+            raise ValueError(
+                f"role=both needs drafters that read the same layers; these read {first.config.target_layer_ids} and "
+                f"{self.layer_ids}. Train them one by one."
+            )
+        rows = self._with_features(rows, options, target, accelerator)
+        trainee = PairTrainee(pair.to(accelerator.device), lambda model: _trainee(model, options, target))
+        self._first_trainee = trainee.parts[0]
+        TrainingRun.__init__(self, options, target, accelerator, trainee, rows)
+
+    def batch(self, rows: list[Row], generator: torch.Generator) -> list[Blocks]:
+        anchors = draw_anchors(rows, self.options.anchors, generator)
+        features, teachers = self.features(rows), self._teachers_of(rows)
+        lengths = torch.zeros_like(anchors), self._prefix_lengths(rows, features, anchors, generator)
+        configs = self.first.config, self.trainee.model.second.config
+        return [
+            cut_blocks(rows, features, anchors, length, *rest)
+            for length, *rest in zip(lengths, configs, [teachers] * 2)
+        ]
+
+    def measure(self, model: D2SDAssistant) -> float:
+        rows = self.held_out[: self.options.eval_rows]
+        return acceptance_length(self.target, model.to(self.target.dtype), rows, self.options.eval_tokens)
+
+
+class PairTrainee(nn.Module):
+    """Both drafters of a pair in training, each on its own blocks."""
+
+    def __init__(self, pair: D2SDAssistant, trainee: Callable[[D2SDDrafterModel], Trainee]):
+        super().__init__()
+        self.model = pair.float().train()
+        self.parts = [trainee(drafter) for drafter in pair.drafters]  # in a list: their parameters are the pair's
+
+    def forward(self, blocks: list[Blocks]) -> tuple[Tensor]:
+        return (sum(part(its)[0] for part, its in zip(self.parts, blocks)),)
+
+
+def _trainee(model: D2SDDrafterModel, options: TrainOptions, target) -> Trainee:
+    alone = options.train == "path_head"
+    if model.path_head is not None:
+        model.path_head.dropout = options.path_dropout
+    return Trainee(
+        model, target, options.loss, options.tau, options.loss_chunk, options.distill_weight, path_head_alone=alone
+    )
+
+
+def _model(
+    options: TrainOptions, role: str, target, tokenizer, rows: list[Row], first: D2SDDrafterModel | None
+) -> D2SDDrafterModel:
+    """The drafter to train: a new one, or that of `options.init` with this role."""
+    if options.init is None:
+        model = _new_model(options, target, tokenizer, rows, first)
+    else:
+        model = _loaded_model(options, role, target, tokenizer, rows)
+    if first is not None and options.draft_vocab_size is not None:
+        if first.config.draft_vocab_size == options.draft_vocab_size:
+            model.draft_token_ids.copy_(first.draft_token_ids)  # what both can say is the same
+    return model
+
+
 def _load_first(options: TrainOptions, device: torch.device) -> D2SDDrafterModel | None:
-    if options.role == "first" or options.first is None:
+    if options.role != "second" or options.first is None:
         return None
     first = load_drafter(options.first, "first", dtype=torch.float32)
     return first.to(device).eval().requires_grad_(False)
@@ -166,7 +247,7 @@ def _new_model(
     return new_drafter(config, target, rows, options.init_layers, options.seed)
 
 
-def _loaded_model(options: TrainOptions, target, tokenizer, rows: list[Row]) -> D2SDDrafterModel:
+def _loaded_model(options: TrainOptions, role: str, target, tokenizer, rows: list[Row]) -> D2SDDrafterModel:
     """The drafter of `options.init` in float32, with a draft vocabulary chosen anew if one is asked for.
 
     Its calibration is not kept, since it was of other weights.
@@ -174,7 +255,7 @@ def _loaded_model(options: TrainOptions, target, tokenizer, rows: list[Row]) -> 
     Raises:
         ValueError: for an option that asks for another shape than the drafter has, or a drafter without a mask token.
     """
-    model = load_drafter(options.init, options.role, dtype=torch.float32, attn_implementation=options.attention)
+    model = load_drafter(options.init, role, dtype=torch.float32, attn_implementation=options.attention)
     config = model.config
     if config.vocab_size is None:
         config.vocab_size = target.config.get_text_config(decoder=True).vocab_size

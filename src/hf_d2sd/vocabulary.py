@@ -1,0 +1,64 @@
+"""The words that a call adds to a pruned draft vocabulary: those of its prompt, and of the text so far.
+
+A drafter trained on the likeliest tokens alone can draft no other; but what a prompt is about is often said again. The
+rows of the target's head that such tokens have are at hand.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .modeling import D2SDDrafterModel
+
+MOST_WORDS = 1024  # that a call adds: beyond, they would cost more than they are drafted
+
+
+class CallWords:
+    """A call's own tokens, beside those of a drafter's vocabulary.
+
+    Only a plain linear head's rows can be read one by one; with any other head, with a head of the drafter's own, and
+    with the whole vocabulary there are no such tokens.
+
+    Args:
+        head: the target's LM head.
+        reader: makes of rows (E, H) and a bias (E,) what gives logits (..., E) of hidden states.
+    """
+
+    def __init__(self, model: D2SDDrafterModel, head: nn.Module, reader: Callable[[Tensor, Tensor | None], Callable]):
+        config = model.config
+        plain = type(head) is nn.Linear and head.weight.device.type != "meta"
+        self._head, self._reader = head, reader
+        self._absent: bytearray | None = None  # by token, whether it can still be added
+        if plain and config.draft_vocab_size is not None and not config.own_head:
+            absent = torch.ones(min(head.weight.shape[0], config.vocab_size), dtype=torch.uint8)
+            absent[model.draft_token_ids.cpu()] = 0
+            self._absent = bytearray(absent.numpy())
+        self.ids = torch.empty(0, dtype=torch.long)  # (E,)
+        self.rows: Tensor | None = None  # (E, H), once there is one
+        self._read: Callable | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def add(self, tokens: Iterable[int]) -> None:
+        """Let what is new among these be drafted, as long as there is room."""
+        absent = self._absent
+        if absent is None or len(self) >= MOST_WORDS:
+            return
+        new = [token for token in dict.fromkeys(tokens) if token < len(absent) and absent[token]]
+        new = new[: MOST_WORDS - len(self)]
+        if not new:
+            return
+        for token in new:
+            absent[token] = 0
+        weight, bias = self._head.weight.detach(), self._head.bias
+        self.ids = torch.cat([self.ids.to(weight.device), torch.tensor(new, device=weight.device)])
+        self.rows = weight[self.ids]
+        self._read = self._reader(self.rows, None if bias is None else bias.detach()[self.ids])
+
+    def logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
+        """(..., V' + E): the vocabulary's logits (..., V'), and those of the call's tokens behind them."""
+        if self._read is None:
+            return logits
+        return torch.cat([logits, self._read(hidden).to(logits)], dim=-1)
