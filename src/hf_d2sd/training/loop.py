@@ -91,8 +91,11 @@ class TrainingRun:
         """This device's batch in a forward, counted from 0 over the whole run."""
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         rows = [self.rows[i] for i in self._row_indices(forward)[process::processes]]
-        seed = (1_000_003 * self.options.seed + forward) * 4096 + process
-        return self.batch(rows, torch.Generator().manual_seed(seed))
+        return self.batch(rows, torch.Generator().manual_seed(self._seed_of(forward)))
+
+    def _seed_of(self, forward: int) -> int:
+        """What is random in a forward on this device depends on this alone."""
+        return (1_000_003 * self.options.seed + forward) * 4096 + self.accelerator.process_index
 
     def _row_indices(self, forward: int) -> list[int]:
         """The rows of a forward on all devices."""
@@ -129,7 +132,10 @@ class TrainingRun:
         losses = []
         for i in range(self.options.accumulation):
             with self.accelerator.accumulate(self.wrapped):
-                loss = self.wrapped(self.batch_of(self.step * self.options.accumulation + i))[0]
+                forward = self.step * self.options.accumulation + i
+                batch = self.batch_of(forward)
+                torch.manual_seed(self._seed_of(forward))  # of dropout
+                loss = self.wrapped(batch)[0]
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.parameters, self.options.clip)
