@@ -1,0 +1,47 @@
+"""Known texts are decoded as they were written: the same tokens, passes and nodes as with the target's passes."""
+
+import pytest
+import torch
+from tiny import prompt, tiny_drafter, tiny_target
+from transformers import GenerationConfig
+
+from hf_d2sd import D2SDAssistant
+from hf_d2sd.benchmark.replaying import Text, replay
+from hf_d2sd.options import settle
+from hf_d2sd.training.features import compute_features
+from hf_d2sd.training.shards import Row
+
+EOS = 23
+
+
+def pair() -> D2SDAssistant:
+    drafters = [tiny_drafter(5, seed=seed, path_rank=4, path_candidates=6) for seed in (0, 1)]
+    for drafter in drafters:
+        torch.manual_seed(0)
+        torch.nn.init.normal_(drafter.path_head.candidate.weight, std=0.5)
+    return D2SDAssistant.from_drafters(*drafters)
+
+
+def known(target, ids: torch.Tensor, reply: torch.Tensor) -> Text:
+    row = Row(torch.cat([ids, reply]), len(ids))
+    return Text(row.tokens, len(ids), lambda layers: compute_features(target, [row], layers)[0])
+
+
+@pytest.mark.parametrize("width, branches, budget", [(1, 0, None), (1, 3, None), (4, 0, 12), (4, 3, 12)])
+def test_a_replay_counts_what_real_decoding_does(width, branches, budget):
+    target, assistant = tiny_target(), pair()
+    options = {"d2sd_tree_width": width, "d2sd_num_branches": branches, "d2sd_tree_budget": budget or 1000}
+    texts, tokens, passes, nodes = [], 0, 0, 0
+    for seed, length in enumerate((9, 6, 12)):
+        ids = prompt(length, seed)
+        arguments = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": EOS, "pad_token_id": EOS}
+        out = target.generate(ids, assistant_model=assistant, **arguments, **options)
+        stats = assistant.last_stats
+        tokens += sum(stats.committed_per_cycle)
+        passes += len(stats.committed_per_cycle)
+        nodes += sum(stats.tree_sizes)
+        texts.append(known(target, ids[0], out[0, length:]))
+    settled = settle(assistant, GenerationConfig(**options))
+    counts = replay(assistant, target, texts, settled, 24, [EOS])
+    assert (counts.tokens, counts.passes, counts.nodes) == (tokens, passes, nodes)
+    assert counts.tokens == sum(len(text.tokens) - text.prompt_length - 1 for text in texts)
