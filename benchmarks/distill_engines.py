@@ -37,7 +37,7 @@ def main(options: Options) -> None:
     distill = DistillOptions(options.target, options.out, options.prompts, dtype=options.dtype)
     writer = Writer(distill)
     chats = sorted(read_chats(options.prompts, options.count, seed=0), key=lambda chat: chat.order)
-    prompts = [writer.opening_tokens(chat) for chat in chats]
+    prompts = [tokens for tokens in map(writer.opening_tokens, chats) if tokens is not None]  # the others are too long
     settings = dict(do_sample=False, max_new_tokens=options.max_new_tokens, **writer._ends)
     engines = {"batches": (make_engine("batches", writer.model), options.batch_size)} | {
         f"continuous, {slots} slots": (make_engine("continuous", writer.model, slots), len(prompts))

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig
 from transformers.utils import logging
 
+from ..compat import attention_of
+
 logger = logging.get_logger(__name__)
 
 _PAGE = 256  # tokens of a page of the paged cache, Transformers' default
@@ -53,7 +55,7 @@ class Continuous:
         Raises:
             RuntimeError: if Transformers could not answer all of them.
         """
-        attention = self.model.config._attn_implementation
+        attention = attention_of(self.model.config)
         try:
             output = self.model.generate_batch(
                 prompts,
@@ -62,7 +64,7 @@ class Continuous:
                 progress_bar=False,
             )
         finally:
-            if self.model.config._attn_implementation != attention:  # a manager that fails to start leaves its own
+            if attention_of(self.model.config) != attention:  # a manager that fails to start leaves its own
                 self.model.set_attn_implementation(attention)
         results = list(output.values())
         errors = {result.error for result in results if result.error is not None}
