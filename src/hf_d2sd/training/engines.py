@@ -1,6 +1,5 @@
 """How a target writes many replies: a batch at a time, or in slots that are refilled as replies end."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig
 from transformers.utils import logging
 
-from ..compat import attention_of
+from ..compat import attention_of, continuous_config
 
 logger = logging.get_logger(__name__)
 
@@ -54,12 +53,13 @@ class Continuous:
 
         Raises:
             RuntimeError: if Transformers could not answer all of them.
+            NotImplementedError: for what it does not support of the options or of the checkpoint's.
         """
         attention = attention_of(self.model.config)
         try:
             output = self.model.generate_batch(
                 prompts,
-                generation_config=self._generation(options),
+                generation_config=continuous_config(self.model, options),
                 continuous_batching_config=self._config(prompts, options["max_new_tokens"]),
                 progress_bar=False,
             )
@@ -72,21 +72,15 @@ class Continuous:
             raise RuntimeError(f"{len(results)} of {len(prompts)} replies; {'; '.join(sorted(map(str, errors)))}")
         return [torch.tensor(result.generated_tokens) for result in results]
 
-    def _generation(self, options: dict[str, Any]):
-        config = copy.deepcopy(self.model.generation_config)
-        config.update(**options)
-        return config
-
     def _config(self, prompts: list[list[int]], max_new_tokens: int) -> ContinuousBatchingConfig:
         seed = int(torch.randint(2**31, ()))  # of torch's own generator, so that a seed decides here too
-        shared = dict(seed=seed, drop_unsupported_processors=False)
         if self.model.device.type != "cpu":
-            return ContinuousBatchingConfig(**shared, max_requests_per_batch=self.slots)
+            return ContinuousBatchingConfig(seed=seed, max_requests_per_batch=self.slots)
         # On a CPU the cache would take nine tenths of the memory: as much as the slots can hold is enough.
         slots = min(self.slots or _CPU_SLOTS, len(prompts))
         pages = -(-(max(map(len, prompts)) + max_new_tokens) // _PAGE) + 1
         return ContinuousBatchingConfig(
-            **shared,
+            seed=seed,
             max_requests_per_batch=slots,
             num_blocks=slots * pages + 1,
             max_batch_tokens=max(_PAGE, slots),
