@@ -2,8 +2,8 @@
 
     python benchmarks/distill_engines.py --target TARGET --prompts PROMPTS.jsonl --count 48 --out FILE.json
 
-Rounds alternate between the engines. On a CPU seconds of the process are compared, which others on the machine change less
-than those of the clock; medians of the rounds.
+Rounds alternate between the engines, and their medians are compared: on a CPU of the process's own seconds, which others
+on the machine change less than those of the clock.
 """
 
 import statistics
@@ -62,9 +62,7 @@ def main(options: Options) -> None:
         "reply_tokens": tokens,
         "tokens_per_second": {name: round(value, 1) for name, value in speed.items()},
         "ratio_to_batches": {name: round(value / speed["batches"], 3) for name, value in speed.items()},
-        "same_texts": {
-            name: sum(a == b for a, b in zip(found, texts["batches"])) for name, found in texts.items()
-        },
+        "same_texts": {name: sum(a == b for a, b in zip(found, texts["batches"])) for name, found in texts.items()},
     }
     records.write_json(options.out, result)
     print(result["ratio_to_batches"], result["same_texts"])

@@ -102,7 +102,9 @@ class TestTalks:
 
 class TestFiles:
     def test_rows_that_cannot_be_used_are_named_and_counted(self, path, monkeypatch):
-        path.write_text("".join(json.dumps(row) + "\n" for row in [{"prompt": "a"}, {"text": "b"}, None, {"prompt": "c"}]))
+        path.write_text(
+            "".join(json.dumps(row) + "\n" for row in [{"prompt": "a"}, {"text": "b"}, None, {"prompt": "c"}])
+        )
         left_out: Counter = Counter()
         warned = []
         monkeypatch.setattr("hf_d2sd.training.chats.logger.warning", warned.append)

@@ -138,7 +138,8 @@ class TestChats:
         distill(settings)
         decode = Writer(settings).tokenizer.decode
         return sorted(
-            (decode(row.tokens[: row.prompt_length]) for row in read_rows(tmp_path / "out")), key=lambda text: len(text)
+            (decode(row.tokens[: row.prompt_length]) for row in read_rows(tmp_path / "out")),
+            key=lambda text: len(text),
         )
 
     def test_a_system_message_and_the_assistants_turns_are_kept(self, target, tmp_path):
@@ -205,7 +206,7 @@ class TestSecondTurns:
         counts = distill(options(target, more, second_turns=2, **settings))
         firsts, rows = as_text(read_rows(plain)), as_text(read_rows(more))
         assert set(firsts) < set(rows), "the chats' own turns are answered as ever"
-        chats = len({row for row in firsts})
+        chats = len(set(firsts))
         assert len(rows) + counts["left_out"]["second turn without an end"] >= 2 * chats
         decode = Writer(options(target, more, **settings)).tokenizer.decode
         texts = sorted((decode(list(tokens)).removesuffix("<end>").strip() for _, *tokens in rows), key=len)

@@ -178,7 +178,9 @@ def continuous_config(model, options: dict) -> GenerationConfig:
     """
     config, _ = model._prepare_generation_config(None, **options)
     processors = model._get_logits_processor(config)
-    strange = [type(one).__name__ for one in processors if getattr(one, "supports_continuous_batching", None) is not True]
+    strange = [
+        type(one).__name__ for one in processors if getattr(one, "supports_continuous_batching", None) is not True
+    ]
     if strange:
         raise NotImplementedError(f"continuous batching does not support {', '.join(strange)}")
     return config

@@ -41,23 +41,22 @@ def read_numbered(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def read_values(path: Path) -> list[tuple[int, object]]:
-    """(number, value) of a file that others wrote: its lines that are not blank, or the elements of the one array in it.
+    """(number, value) of a file that others wrote: of its lines that are not blank, or of the one array in it.
 
     Raises:
         ValueError: naming file and line, for text that is no UTF-8, and JSON that is torn.
     """
-    content = path.read_bytes()
+    content, found = path.read_bytes(), []
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not in UTF-8 ({error}). Convert it, for instance by iconv.") from error
+        row = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {row}: not in UTF-8 ({error}). Convert it, for instance by iconv.") from error
     if text.lstrip().startswith("["):
         try:
             return list(enumerate(json.loads(text), 1))
         except ValueError as error:
             raise ValueError(f"{path}: no JSON array, or a torn one ({error}).") from error
-    found = []
     for number, line in enumerate(text.split("\n"), 1):  # splitlines would end lines within a text, at U+2028
         try:
             found += [(number, json.loads(line))] if line.strip() else []

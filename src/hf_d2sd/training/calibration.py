@@ -34,7 +34,7 @@ _NEUTRAL = len(GRID) // 2  # the temperature 1
 
 @dataclass
 class CalibrateOptions:
-    """Fit a temperature for each slot of a drafter's block, and save those that help on rows they were not fitted on."""
+    """Fit a temperature for each slot of a drafter's block; save those that help on rows they were not fitted on."""
 
     drafter: Path = field(metadata={"help": "folder of the drafter; its config.json is written anew"})
     target: str = field(metadata={"help": "folder or Hub id of the target"})
@@ -70,8 +70,8 @@ class Evidence:
 def calibrate(options: CalibrateOptions) -> dict:
     """Fit, save what helps, and say what it changed. A seed splits the held-out rows in two halves.
 
-    The temperatures are fitted on one half; a slot's is kept if it helps on the other, and if one fitted there helps on
-    the first. Where the expected calibration error on the other half would not fall, nothing is stored.
+    The temperatures are fitted on one half; a slot's is kept if it helps on the other, and if one fitted there helps
+    on the first. Where the expected calibration error on the other half would not fall, nothing is stored.
 
     Returns:
         `temperatures` as stored, None for nothing, and the slots that `kept` theirs; reliability on the half that they
@@ -212,7 +212,7 @@ def _at(evidence: Evidence, temperatures: list[float]) -> Tensor:
 
 
 def reliability(evidence: Evidence, temperatures: list[float]) -> dict:
-    """Expected calibration error over ten bins of equal width, mean loss, and each bin's share, confidence, accuracy."""
+    """Expected calibration error over ten bins of equal width, mean loss; share, confidence, accuracy of each bin."""
     confidence = _at(evidence, temperatures)
     loss = _loss(confidence, evidence.right).mean().item()
     which = (confidence * _BINS).long().clamp(max=_BINS - 1)

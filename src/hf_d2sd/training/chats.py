@@ -125,8 +125,8 @@ def require_datasets(sources: list[str]) -> None:
     needing = [source for source in sources if _needs_datasets(source)]
     if needing and importlib.util.find_spec("datasets") is None:
         raise ValueError(
-            f"--prompts {needing[0]}: no file of JSON; Parquet and data sets of the Hub are read by `datasets`, which is "
-            "not installed: pip install 'hf-d2sd[data]'."
+            f"--prompts {needing[0]}: no file of JSON; Parquet and data sets of the Hub are read by `datasets`, which "
+            "is not installed: pip install 'hf-d2sd[data]'."
         )
 
 

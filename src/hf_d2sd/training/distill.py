@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
@@ -100,7 +100,9 @@ class DistillOptions:
             )
         if not self.prompts and not self.self_prompts:
             raise ValueError("Nothing to answer: pass --prompts FILE, --self_prompts N, or both.")
-        asked = [f"--{name}" for name in ("system", "self_prompts", "second_turns") if self.raw and getattr(self, name)]
+        asked = [
+            f"--{name}" for name in ("system", "self_prompts", "second_turns") if self.raw and getattr(self, name)
+        ]
         if asked:
             raise ValueError(f"{', '.join(asked)}: of the chat template, which --raw leaves out. Drop one of them.")
         require_datasets(self.prompts)
@@ -123,7 +125,9 @@ def distill(options: DistillOptions) -> dict:
     chats = read_chats(options.prompts, options.max_prompts, options.seed, options.raw, unusable)
     writer = Writer(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    records.begin(options.out / "distill.json", _settings(options, tokenizer_fingerprint(writer.tokenizer)), later=_LATER)
+    records.begin(
+        options.out / "distill.json", _settings(options, tokenizer_fingerprint(writer.tokenizer)), later=_LATER
+    )
     chats += [Chat([{"role": "user", "content": text}]) for text in write_prompts(writer)]
     chats = without_answered(without_repetitions(chats), options.answered, writer.opening_tokens)
     # Neighbours of like length share a batch; the batches come in random order, so that any part is a fair sample.
@@ -232,7 +236,8 @@ class Writer:
         self.tokenizer = AutoTokenizer.from_pretrained(options.target, padding_side="left")
         if self.tokenizer.chat_template is None and not options.raw:
             raise ValueError(
-                f"The tokenizer of {options.target} has no chat template. For a base model pass --raw: prompts as they are."
+                f"The tokenizer of {options.target} has no chat template. For a base model pass --raw, which takes "
+                "prompts as they are."
             )
         self._template = functools.partial(
             self.tokenizer.apply_chat_template, tokenize=False, **json.loads(options.template_options)
@@ -284,7 +289,7 @@ class Writer:
         return [text for text in questions if text is not None]
 
     def _write_questions(self, prompts: list[list[int]], opening: str, temperature: float) -> list[str | None]:
-        """A user's words for each prompt that ends where they begin; None where they have no end, or are very short."""
+        """A user's words after each prompt, which ends where they begin; None for those without an end, or very short."""
         responses = self._generate(prompts, do_sample=True, temperature=temperature, max_new_tokens=128)
         texts = [
             opening + self.tokenizer.decode(response, skip_special_tokens=True).rstrip()
