@@ -2,8 +2,8 @@
 
     python benchmarks/distill_engines.py --target TARGET --prompts PROMPTS.jsonl --count 48 --out FILE.json
 
-Rounds alternate between the engines, and their medians are compared: on a CPU of the process's own seconds, which others
-on the machine change less than those of the clock.
+Rounds alternate between the engines. Medians of the rounds are compared: on a CPU of the seconds that the process itself
+took, which other work on the machine changes less than the clock's.
 """
 
 import statistics

@@ -80,7 +80,7 @@ class DistillOptions:
         },
     )
     slots: int | None = field(
-        default=None, metadata={"help": "continuous: replies side by side; default: by the memory, on a CPU 16"}
+        default=None, metadata={"help": "continuous: replies side by side; default: by the memory, on a CPU 32"}
     )
     dtype: str = field(default="bfloat16", metadata={"help": "of the target"})
     device: str | None = field(default=None, metadata={"help": "of the target; default: a GPU if there is one"})
@@ -289,7 +289,7 @@ class Writer:
         return [text for text in questions if text is not None]
 
     def _write_questions(self, prompts: list[list[int]], opening: str, temperature: float) -> list[str | None]:
-        """A user's words after each prompt, which ends where they begin; None for those without an end, or very short."""
+        """A user's words after each prompt, which ends where they begin; None where they have no end, or are short."""
         responses = self._generate(prompts, do_sample=True, temperature=temperature, max_new_tokens=128)
         texts = [
             opening + self.tokenizer.decode(response, skip_special_tokens=True).rstrip()

@@ -13,7 +13,7 @@ from ..compat import attention_of, continuous_config
 logger = logging.get_logger(__name__)
 
 _PAGE = 256  # tokens of a page of the paged cache, Transformers' default
-_CPU_SLOTS = 16  # attention runs over all slots' keys with a mask there: more slots cost more than they save
+_CPU_SLOTS = 32  # attention runs over all slots' keys with a mask there: with many slots that is most of a step
 
 
 class Batches:
