@@ -2,8 +2,8 @@
 
     python benchmarks/distill_engines.py --target TARGET --prompts PROMPTS.jsonl --count 48 --out FILE.json
 
-Rounds alternate between the engines. Medians of the rounds are compared: on a CPU of the seconds that the process itself
-took, which other work on the machine changes less than the clock's.
+Rounds alternate between the engines. Medians of the rounds are compared: on a CPU of the process's own seconds, which
+other work on the machine changes less than the clock's.
 """
 
 import statistics
@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser
 
 from hf_d2sd import records
@@ -32,6 +33,16 @@ class Options:
     slots: list[int] = field(default_factory=lambda: [16])
     rounds: int = 2
     dtype: str = "float32"
+
+
+@torch.inference_mode()
+def gap(model, prompt: list[int], one: list[int], other: list[int]) -> float:
+    """How far apart the logits are of the first tokens that differ: a near-tie, or an error."""
+    same = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), None)
+    if same is None:
+        return 0.0
+    logits = model(torch.tensor([prompt + one[:same]], device=model.device)).logits[0, -1].float()
+    return round(abs(float(logits[one[same]] - logits[other[same]])), 3)
 
 
 def main(options: Options) -> None:
@@ -63,6 +74,10 @@ def main(options: Options) -> None:
         "tokens_per_second": {name: round(value, 1) for name, value in speed.items()},
         "ratio_to_batches": {name: round(value / speed["batches"], 3) for name, value in speed.items()},
         "same_texts": {name: sum(a == b for a, b in zip(found, texts["batches"])) for name, found in texts.items()},
+    }
+    result["gaps"] = {  # of the logits where the texts part
+        name: sorted(gap(writer.model, *row) for row in zip(prompts, found, texts["batches"]) if row[1] != row[2])
+        for name, found in texts.items()
     }
     records.write_json(options.out, result)
     print(result["ratio_to_batches"], result["same_texts"])
