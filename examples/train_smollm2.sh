@@ -21,7 +21,7 @@ mkdir -p "$out"
 if [ "${CPU:-0}" = 1 ]; then
     : "${MAX_PROMPTS:=3500}" "${SELF_PROMPTS:=2400}" "${PASSAGES:=768}" "${CODE:=1024}" "${BATCH_SIZE:=128}" "${WRITERS:=2}"
     : "${STEPS:=3600}" "${ROWS:=8}" "${ANCHORS:=32}" "${COMPILE:=True}" "${FEATURES:=cache}" "${LOSS_CHUNK:=128}"
-    : "${EVAL_EVERY:=2500}" "${SIDE_BY_SIDE:=1}"
+    : "${EVAL_EVERY:=2500}" "${SIDE_BY_SIDE:=1}" "${NEW_TOKENS:=160}" "${SECOND_TURNS:=0}"
     # One thread a process, and memory that the allocator keeps: without these a step takes up to twice as long.
     export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
@@ -40,12 +40,13 @@ os.replace(partial, sys.argv[1])
 PYTHON
 fi
 
-# text FOLDER OPTION...: the target writes, 160 tokens an answer: as long as what is measured, and a little more.
+# text FOLDER OPTION...: the target writes, and asks a second question of its own in each chat. On a CPU 160 tokens an answer,
+# as long as what is measured and a little more, and one question.
 text() {
     local folder=$1
     shift
-    local report command=("$python" -m hf_d2sd.cli distill --target "$out/target" --out "$folder" --max_new_tokens 160)
-    command+=("$@" $stop)
+    local report command=("$python" -m hf_d2sd.cli distill --target "$out/target" --out "$folder")
+    command+=(--max_new_tokens "${NEW_TOKENS:-512}" --second_turns "${SECOND_TURNS:-1}" "$@" $stop)
     for _ in $(seq 2 "${WRITERS:-1}"); do "${command[@]}" >/dev/null & done
     report=$("${command[@]}")
     wait

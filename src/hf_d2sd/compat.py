@@ -167,6 +167,25 @@ def embedding_scale(embed: nn.Module) -> float | Tensor:
     return getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0))
 
 
+# Continuous batching -------------------------------------------------------------------------------------------------
+
+
+def continuous_config(model, options: dict) -> GenerationConfig:
+    """The config that `generate(**options)` would decode with, defaults filled in, for `generate_batch`.
+
+    Raises:
+        NotImplementedError: for what continuous batching leaves out, or gets wrong, instead of refusing it.
+    """
+    config, _ = model._prepare_generation_config(None, **options)
+    processors = model._get_logits_processor(config)
+    strange = [
+        type(one).__name__ for one in processors if getattr(one, "supports_continuous_batching", None) is not True
+    ]
+    if strange:
+        raise NotImplementedError(f"continuous batching does not support {', '.join(strange)}")
+    return config
+
+
 # Attention -----------------------------------------------------------------------------------------------------------
 
 

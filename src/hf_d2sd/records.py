@@ -40,6 +40,31 @@ def read_numbered(path: Path) -> Iterator[tuple[int, dict]]:
     return _numbered(path, torn_end=False)
 
 
+def read_values(path: Path) -> list[tuple[int, object]]:
+    """(number, value) of a file that others wrote: of its lines that are not blank, or of the one array in it.
+
+    Raises:
+        ValueError: naming file and line, for text that is no UTF-8, and JSON that is torn.
+    """
+    content, found = path.read_bytes(), []
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {row}: not in UTF-8 ({error}). Convert it, for instance by iconv.") from error
+    if text.lstrip().startswith("["):
+        try:
+            return list(enumerate(json.loads(text), 1))
+        except ValueError as error:
+            raise ValueError(f"{path}: no JSON array, or a torn one ({error}).") from error
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would end lines within a text, at U+2028
+        try:
+            found += [(number, json.loads(line))] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: no JSON, or torn ({error}).") from error
+    return found
+
+
 def write_lines(path: Path, records: Iterable[dict]) -> None:
     """A file of records as `write_text` writes it."""
     write_text(path, _as_lines(records))
@@ -161,12 +186,13 @@ def _remove(path: Path) -> None:
 # Runs that go on -----------------------------------------------------------------------------------------------------
 
 
-def begin(path: Path, run: dict, key: str | None = None) -> None:
+def begin(path: Path, run: dict, key: str | None = None, later: dict | None = None) -> None:
     """Note what a run is; where a run is noted, this one goes on with it, and its settings must be the same.
 
     Args:
         run: what the file is to hold.
         key: of the settings in it; default: all of it is settings.
+        later: settings that runs of earlier releases do not name, with the values that those had.
 
     Raises:
         ValueError: naming the settings that differ, with both values.
@@ -176,7 +202,7 @@ def begin(path: Path, run: dict, key: str | None = None) -> None:
         write_json(path, run)
         return
     there, here = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(run))
-    refuse_other_settings(there[key] if key else there, here[key] if key else here, path)
+    refuse_other_settings({**(later or {}), **(there[key] if key else there)}, here[key] if key else here, path)
 
 
 def refuse_other_settings(there: dict, here: dict, path: Path) -> None:

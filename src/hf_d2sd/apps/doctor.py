@@ -121,9 +121,9 @@ def read_prompts(options: DoctorOptions, plan: PairPlan) -> list[Tensor]:
     """(1, L) each: prompts as the chat template writes them, or as they are where there is none."""
     texts: Sequence[str] = PROMPTS
     if options.prompts is not None:
-        from ..training.distill import read_chats
+        from ..training.chats import read_chats
 
-        texts = [turns[0] for turns in read_chats([options.prompts], options.max_prompts, seed=0)]
+        texts = [chat.turns[0] for chat in read_chats([options.prompts], options.max_prompts, seed=0)]
     texts = texts[: options.max_prompts]
     if plan.tokenizer.chat_template is None:
         prompts = [plan.tokenizer(text, return_tensors="pt").input_ids for text in texts]

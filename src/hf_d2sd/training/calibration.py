@@ -1,15 +1,21 @@
-"""`hf-d2sd calibrate`: temperatures that make a drafter's confidence the rate at which its tokens are accepted."""
+"""`hf-d2sd calibrate`: temperatures that make a drafter's confidence the rate at which its tokens are accepted.
+
+A temperature is kept where it helps on rows that it was not fitted on: with few rows most do not.
+"""
 
 import importlib.util
+import itertools
 import json
 import math
+import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..binding import bind
@@ -19,13 +25,16 @@ from .drafters import Trainee
 from .features import compute_features
 from .shards import Row, batched, read_rows
 
+logger = logging.get_logger(__name__)
+
 GRID = torch.logspace(math.log10(0.2), math.log10(5), 129)  # temperatures that are tried
 _BINS = 10
+_NEUTRAL = len(GRID) // 2  # the temperature 1
 
 
 @dataclass
 class CalibrateOptions:
-    """Fit a temperature for each slot of a drafter's block, on held-out rows, and save it in the drafter's config."""
+    """Fit a temperature for each slot of a drafter's block; save those that help on rows they were not fitted on."""
 
     drafter: Path = field(metadata={"help": "folder of the drafter; its config.json is written anew"})
     target: str = field(metadata={"help": "folder or Hub id of the target"})
@@ -36,7 +45,7 @@ class CalibrateOptions:
     prefix_base: float = field(default=0.0, metadata={"help": "second drafter: v kept tokens with P(v) ∝ base^v"})
     dtype: str = field(default="bfloat16", metadata={"help": "of the target"})
     plot: Path | None = field(default=None, metadata={"help": "PNG file for the reliability diagram (matplotlib)"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "of the blocks, and of the rows' two halves"})
 
     def __post_init__(self):
         self.drafter = Path(self.drafter)
@@ -55,10 +64,18 @@ class Evidence:
     slot: Tensor  # (M,), 1..γ-1
     confidence: Tensor  # (M, temperatures), the draft's probability of its own token at each temperature of GRID
     right: Tensor  # (M,), bool: the target wrote the same token
+    row: Tensor  # (M,), which row it is of: what is of one row is no independent evidence
 
 
 def calibrate(options: CalibrateOptions) -> dict:
-    """Fit, save, and say what it changed; the held-out rows are split in half: one to fit on, one to measure on.
+    """Fit, save what helps, and say what it changed. A seed splits the held-out rows in two halves.
+
+    The temperatures are fitted on one half; a slot's is kept if it helps on the other, and if one fitted there helps
+    on the first. Where the expected calibration error on the other half would not fall, nothing is stored.
+
+    Returns:
+        `temperatures` as stored, None for nothing, and the slots that `kept` theirs; reliability on the half that they
+        were not fitted on, `before` at temperature 1, `fitted` with all, and `after` with those kept.
 
     Raises:
         ValueError: if no row is held out, or the drafter does not fit the target.
@@ -70,28 +87,59 @@ def calibrate(options: CalibrateOptions) -> dict:
     if len(rows) < 2:
         folders = ", ".join(map(str, options.data))
         raise ValueError(f"{folders}: {len(rows)} held-out rows; two are needed. Lower --held_out.")
+    random.Random(options.seed).shuffle(rows)
     to_fit, to_measure = (gather(model, target, half, options) for half in (rows[::2], rows[1::2]))
-    temperatures = fit(to_fit, model.config.block_size)
-    model.config.confidence_temperatures = temperatures
-    model.config.save_pretrained(options.drafter)
-    neutral = [1.0] * len(temperatures)
-    before, after = (reliability(to_measure, values) for values in (neutral, temperatures))
+    result = choose(to_fit, to_measure, model.config.block_size)
+    _store(model, result["temperatures"], options.drafter)
     if options.plot is not None:
-        draw(before, after, options.plot)
-    return {"temperatures": temperatures, "tokens": len(to_measure.slot), "before": before, "after": after}
+        draw(result["before"], result["after"], options.plot)
+    return {**result, "stored": result["temperatures"] is not None}
+
+
+def choose(to_fit: Evidence, to_measure: Evidence, block_size: int) -> dict:
+    """The temperatures to store, fitted on `to_fit`, and what they do on `to_measure`; as `calibrate` returns it."""
+    fitted, crossed = fit(to_fit, block_size), fit(to_measure, block_size)
+    kept = sorted(helping(fitted, to_measure) & helping(crossed, to_fit))
+    chosen = [fitted[slot - 1] if slot in kept else 1.0 for slot in range(1, block_size)]
+    neutral = [1.0] * len(fitted)
+    before, all_fitted, after = (reliability(to_measure, values) for values in (neutral, fitted, chosen))
+    if after["expected_calibration_error"] >= before["expected_calibration_error"]:
+        kept, after = [], before
+    return {
+        "temperatures": chosen if kept else None,
+        "kept": kept,
+        "tokens": len(to_measure.slot),
+        "before": before,
+        "fitted": all_fitted,
+        "after": after,
+    }
+
+
+def _store(model: D2SDDrafterModel, temperatures: list[float] | None, folder: Path) -> None:
+    """Note the temperatures in the drafter's config; none, where there are none, in place of those of another run."""
+    if temperatures is None:
+        removed = model.config.confidence_temperatures is not None
+        logger.warning(
+            "No temperature helps on rows that it was not fitted on: nothing is stored"
+            + (f", and the temperatures that {folder} had are removed." if removed else ".")
+        )
+        if not removed:
+            return
+    model.config.confidence_temperatures = temperatures
+    model.config.save_pretrained(folder)
 
 
 @torch.no_grad()
 def gather(model: D2SDDrafterModel, target, rows: list[Row], options: CalibrateOptions) -> Evidence:
     """Drafts of blocks in the target's own text. A slot counts if all drafted before it are right."""
     parts = list(_evidence(model, target, rows, options))
-    return Evidence(*(torch.cat([getattr(part, name) for part in parts]) for name in ("slot", "confidence", "right")))
+    return Evidence(*(torch.cat([getattr(part, one.name) for part in parts]) for one in fields(Evidence)))
 
 
 def _evidence(model, target, rows: list[Row], options: CalibrateOptions) -> Iterator[Evidence]:
     trainee, config = Trainee(model, target), model.config
     generator = torch.Generator().manual_seed(options.seed)
-    for batch in tqdm(list(batched(rows, options.rows)), desc="held-out rows"):
+    for first, batch in tqdm(list(zip(itertools.count(0, options.rows), batched(rows, options.rows))), desc="rows"):
         anchors = draw_anchors(batch, options.anchors, generator)
         prefix_lengths = draw_prefix_lengths(anchors.shape, config.block_size, options.prefix_base, generator)
         features = compute_features(target, batch, config.target_layer_ids)
@@ -107,7 +155,8 @@ def _evidence(model, target, rows: list[Row], options: CalibrateOptions) -> Iter
         reached[..., 1:] = right[..., :-1].int().cumprod(-1).bool()
         counts = reached[labelled]
         slot = torch.arange(config.block_size, device=right.device).expand_as(right)[labelled]
-        yield Evidence(slot[counts], confidences(logits[counts]), right[labelled][counts])
+        row = first + torch.arange(len(batch), device=right.device)[:, None, None].expand_as(right)[labelled]
+        yield Evidence(slot[counts], confidences(logits[counts]), right[labelled][counts], row[counts])
 
 
 def confidences(logits: Tensor, chunk: int = 256) -> Tensor:
@@ -125,17 +174,47 @@ def fit(evidence: Evidence, block_size: int, prior: float = 20.0) -> list[float]
     Few tokens reach the late slots: to each slot's evidence the mean of all slots is added, with the weight of
     `prior` tokens.
     """
-    confidence = evidence.confidence.clamp(1e-6, 1 - 1e-6)
-    losses = -torch.where(evidence.right[:, None], confidence, 1 - confidence).log()  # (M, temperatures)
+    losses = _loss(evidence.confidence, evidence.right[:, None])
     mean = losses.mean(0)
     totals = [losses[evidence.slot == slot].sum(0) + prior * mean for slot in range(1, block_size)]
     return [round(float(GRID[total.argmin()]), 4) for total in totals]
 
 
+def _loss(confidence: Tensor, right: Tensor) -> Tensor:
+    """Minus the logarithm of the probability of what happened, in the shape of `confidence`."""
+    confidence = confidence.clamp(1e-6, 1 - 1e-6)
+    return -torch.where(right, confidence, 1 - confidence).log()
+
+
+def helping(temperatures: list[float], evidence: Evidence) -> set[int]:
+    """The slots whose loss on other rows than it was fitted on a temperature lowers, by more than a standard error.
+
+    The error is that of a sum over rows: the blocks of one row resemble each other.
+    """
+    before, after = evidence.confidence[:, _NEUTRAL], _at(evidence, temperatures)
+    gains = (_loss(before, evidence.right) - _loss(after, evidence.right)).double()
+    found = set()
+    for slot in range(1, len(temperatures) + 1):
+        here = evidence.slot == slot
+        gain, (rows, row) = gains[here], evidence.row[here].unique(return_inverse=True)
+        if len(rows) < 2:
+            continue
+        each = torch.zeros(len(rows), dtype=torch.float64, device=gain.device).index_add_(0, row, gain - gain.mean())
+        if gain.sum() > (each.square().sum() * len(rows) / (len(rows) - 1)).sqrt():
+            found.add(slot)
+    return found
+
+
+def _at(evidence: Evidence, temperatures: list[float]) -> Tensor:
+    """(M,): each token's confidence at the temperature of its slot."""
+    nearest = torch.tensor([int((GRID - value).abs().argmin()) for value in temperatures], device=evidence.slot.device)
+    return evidence.confidence.gather(1, nearest[evidence.slot - 1][:, None])[:, 0]
+
+
 def reliability(evidence: Evidence, temperatures: list[float]) -> dict:
-    """Expected calibration error over ten bins of equal width, and each bin's share, mean confidence and accuracy."""
-    nearest = torch.tensor([int((GRID - value).abs().argmin()) for value in temperatures])
-    confidence = evidence.confidence.gather(1, nearest[evidence.slot - 1][:, None])[:, 0]
+    """Expected calibration error over ten bins of equal width, mean loss; share, confidence, accuracy of each bin."""
+    confidence = _at(evidence, temperatures)
+    loss = _loss(confidence, evidence.right).mean().item()
     which = (confidence * _BINS).long().clamp(max=_BINS - 1)
     bins, error = [], 0.0
     for index in range(_BINS):
@@ -145,7 +224,7 @@ def reliability(evidence: Evidence, temperatures: list[float]) -> dict:
             share = inside.float().mean().item()
             bins.append({"share": round(share, 4), "confidence": round(said, 4), "accuracy": round(was, 4)})
             error += share * abs(said - was)
-    return {"expected_calibration_error": round(error, 4), "bins": bins}
+    return {"expected_calibration_error": round(error, 4), "loss": round(loss, 4), "bins": bins}
 
 
 def draw(before: dict, after: dict, path: Path) -> None:

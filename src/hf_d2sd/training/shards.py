@@ -1,6 +1,8 @@
 """Rows of text on disk: safetensors shards of unpadded rows, written whole or not at all."""
 
 import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     records.write_whole(path, lambda partial: save_file(tensors, partial, metadata))
 
 
-def write_shard(path: Path, rows: list[Row]) -> None:
+def write_shard(path: Path, rows: list[Row], left_out: dict[str, int] | None = None) -> None:
+    """Rows, and the counts of what was left out of them, by reason."""
     tokens = torch.cat([row.tokens for row in rows]) if rows else torch.zeros(0, dtype=torch.int64)
     small = not len(tokens) or int(tokens.max()) < 2**16
     write_tensors(
@@ -47,7 +50,13 @@ def write_shard(path: Path, rows: list[Row]) -> None:
             "lengths": torch.tensor([len(row.tokens) for row in rows], dtype=torch.int64),
             "prompt_lengths": torch.tensor([row.prompt_length for row in rows], dtype=torch.int64),
         },
+        {"left_out": json.dumps(left_out)} if left_out else None,
     )
+
+
+def read_left_out(path: Path) -> Counter[str]:
+    """The counts that a shard was written with; none where it has none."""
+    return Counter(json.loads(read_metadata(path).get("left_out", "{}")))
 
 
 def shard_paths(folder: Path) -> list[Path]:
