@@ -243,17 +243,24 @@ def test_a_head_reads_rows_of_a_head_that_can_only_be_called(monkeypatch):
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def path_loss_by_definition(model, target, blocks) -> list[float]:
-    """-log of the label's probability after the true token before it; of all that is no candidate together."""
-    hidden = Trainee(model, target).hidden(blocks)
-    before, losses = true_tokens(blocks), []
+def scored_by_definition(model, target, blocks) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Of each labelled slot the corrected logits (V,), the candidates (C,) and the label."""
+    hidden, before, slots = Trainee(model, target).hidden(blocks), true_tokens(blocks), []
     for row, block, slot in (blocks.labels != NO_LABEL).nonzero().tolist():
-        state, label = hidden[row, block, slot], int(blocks.labels[row, block, slot])
+        state = hidden[row, block, slot]
         logits = target.lm_head(state)
         best = logits.topk(model.config.path_candidates).indices
         embed = target.get_input_embeddings()(before[row, block, slot - 1 : slot])
-        scored = logits.index_add(0, best, model.path_head(state, embed, target.lm_head.weight[best])[0])
-        probabilities = scored.softmax(-1)
+        scores = model.path_head(state, embed, target.lm_head.weight[best])[0]
+        slots.append((logits.index_add(0, best, scores), best, int(blocks.labels[row, block, slot])))
+    return slots
+
+
+def path_loss_by_definition(model, target, blocks) -> list[float]:
+    """-log of the label's probability after the true token before it; of all that is no candidate together."""
+    losses = []
+    for logits, best, label in scored_by_definition(model, target, blocks):
+        probabilities = logits.softmax(-1)
         others = probabilities.index_fill(0, best, 0.0).sum()
         losses.append(-(probabilities[label] if label in best else others).log().item())
     return losses
@@ -337,3 +344,13 @@ def test_oracle_drafts_of_full_depth_are_accepted_with_heads_on(monkeypatch):
     pair = PAIRS["both"]()
     assert torch.equal(target.generate(ids, assistant_model=pair, do_sample=False, max_new_tokens=24), plain)
     assert pair.last_stats.mean_acceptance_length > 3
+
+
+def test_guesses_are_the_likeliest_candidates_after_the_true_token():
+    model, target = with_head(), tiny_target()
+    blocks = random_blocks(model, random_rows(12, 15))
+    with torch.no_grad():
+        logits, places = Trainee(model, target).eval().guesses(blocks)
+        for seen, place, (expected, best, _) in zip(logits, places, scored_by_definition(model, target, blocks)):
+            torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-4)
+            assert place == best[expected[best].argmax()]

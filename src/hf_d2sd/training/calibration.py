@@ -145,8 +145,8 @@ def _evidence(model, target, rows: list[Row], options: CalibrateOptions) -> Iter
         features = compute_features(target, batch, config.target_layer_ids)
         blocks = cut_blocks(batch, features, anchors, prefix_lengths, config)
         labelled = blocks.labels != NO_LABEL
-        logits = trainee.logits(blocks)
-        tokens = logits.argmax(-1)
+        logits, places = trainee.guesses(blocks)
+        tokens = places
         if config.draft_vocab_size is not None:
             tokens = model.draft_token_ids[tokens]
         right = torch.ones_like(labelled)
@@ -156,14 +156,19 @@ def _evidence(model, target, rows: list[Row], options: CalibrateOptions) -> Iter
         counts = reached[labelled]
         slot = torch.arange(config.block_size, device=right.device).expand_as(right)[labelled]
         row = first + torch.arange(len(batch), device=right.device)[:, None, None].expand_as(right)[labelled]
-        yield Evidence(slot[counts], confidences(logits[counts]), right[labelled][counts], row[counts])
+        yield Evidence(slot[counts], confidences(logits[counts], places[counts]), right[labelled][counts], row[counts])
 
 
-def confidences(logits: Tensor, chunk: int = 256) -> Tensor:
-    """(M, temperatures): the probability of the best of the logits (M, V) at each temperature of GRID."""
+def confidences(logits: Tensor, places: Tensor | None = None, chunk: int = 256) -> Tensor:
+    """(M, temperatures): the probability of a token of each of the logits (M, V) at each temperature of GRID.
+
+    Args:
+        places: (M,), which one's; by default the best's.
+    """
+    places = logits.argmax(-1) if places is None else places
     columns = []
-    for part in logits.float().split(chunk):
-        below = part - part.max(-1, keepdim=True).values
+    for part, chosen in zip(logits.float().split(chunk), places[:, None].split(chunk)):
+        below = part - part.gather(1, chosen)
         columns.append(torch.stack([1 / torch.exp(below / t).sum(-1) for t in GRID.tolist()], dim=1))
     return torch.cat(columns) if columns else logits.new_zeros(0, len(GRID))
 

@@ -185,6 +185,27 @@ class Trainee(nn.Module):
         """(M, V'): of the M slots that have labels."""
         return self._head(self.hidden(blocks)[blocks.labels != NO_LABEL]).float()
 
+    def guesses(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
+        """Of the M slots that have labels the logits (M, V'), and each one's draft, a place among them (M,).
+
+        By a path head both are given the true token before.
+        """
+        labelled = blocks.labels != NO_LABEL
+        hidden = self.hidden(blocks)[labelled]
+        logits, parts = self._head(hidden).float(), self._path_parts
+        if parts is None:
+            return logits, logits.argmax(-1)
+        best = logits.topk(min(parts.candidates, logits.shape[-1]), dim=-1)
+        rows = parts.rows(best.indices).to(hidden.dtype)
+        scores = parts.path_head(hidden, self._before(blocks, labelled).to(hidden)[:, None], rows)[:, 0]
+        places = best.indices.gather(1, (best.values + scores).argmax(-1, keepdim=True))[:, 0]
+        return logits.scatter_add(1, best.indices, scores), places
+
+    def _before(self, blocks: Blocks, labelled: Tensor) -> Tensor:
+        """(M, H): embeddings of the true tokens before the labelled slots, of which none is a block's first."""
+        with torch.no_grad():
+            return without_embed_norm(self._embed[0])(true_tokens(blocks).roll(1, -1)[labelled])
+
     def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
         """The loss (), which slots are right (B, N, γ), and the draft's probability of the label (B, N, γ)."""
         labelled = blocks.labels != NO_LABEL
@@ -212,10 +233,7 @@ class Trainee(nn.Module):
         """
         if self._path_parts is None:
             return slot_losses(hidden, wanted, self._head, self._chunk)
-        with torch.no_grad():
-            embed = without_embed_norm(self._embed[0])
-            before = embed(true_tokens(blocks).roll(1, -1)[labelled])  # slot 0 is the anchor's, never labelled
-        before = before.to(hidden.device, hidden.dtype)
+        before = self._before(blocks, labelled).to(hidden.device, hidden.dtype)
         given, right = path_losses(hidden.detach(), before, wanted.tokens, self._path_parts, self._chunk)
         if self._path_head_alone:
             return given, given.detach(), right
