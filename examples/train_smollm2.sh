@@ -22,6 +22,7 @@ if [ "${CPU:-0}" = 1 ]; then
     : "${MAX_PROMPTS:=3500}" "${SELF_PROMPTS:=2400}" "${PASSAGES:=768}" "${CODE:=1024}" "${BATCH_SIZE:=128}" "${WRITERS:=2}"
     : "${STEPS:=3600}" "${ROWS:=8}" "${ANCHORS:=32}" "${COMPILE:=True}" "${FEATURES:=cache}" "${LOSS_CHUNK:=128}"
     : "${EVAL_EVERY:=2500}" "${SIDE_BY_SIDE:=1}" "${NEW_TOKENS:=160}" "${SECOND_TURNS:=0}"
+    : "${PROMPT_TOKENS:=400}" "${PASSAGE_TOKENS:=1100}"
     # One thread a process, and memory that the allocator keeps: without these a step takes up to twice as long.
     export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
     export GLIBC_TUNABLES=glibc.malloc.hugetlb=1
@@ -41,7 +42,7 @@ PYTHON
 fi
 
 # text FOLDER OPTION...: the target writes, and asks a second question of its own in each chat. On a CPU 160 tokens an answer,
-# as long as what is measured and a little more, and one question.
+# as long as what is measured and a little more, and no second question.
 text() {
     local folder=$1
     shift
@@ -86,11 +87,11 @@ if [ -n "${TEXT:-}" ]; then # text that was written before
 else
     text "$out/text" --prompts "$here/prompts/instruct_train_prompts.jsonl" "$here/prompts/gsm8k_train_prompts.jsonl" \
         --max_prompts "${MAX_PROMPTS:-8000}" --self_prompts "${SELF_PROMPTS:-60000}" --openings "$here/openings.txt" \
-        --max_prompt_tokens 400 --batch_size "${BATCH_SIZE:-512}"
+        --max_prompt_tokens "${PROMPT_TOKENS:-1100}" --batch_size "${BATCH_SIZE:-512}"
     # Then prompts about passages and functions of what it wrote.
     [ -f "$out/passages.jsonl" ] || "$python" "$here/passages.py" --target "$out/target" --data "$out/text" \
         --count "${PASSAGES:-12000}" --most "${MOST:-7}" --several 0.5 --code "${CODE:-12000}" --out "$out/passages.jsonl"
-    text "$out/passages" --prompts "$out/passages.jsonl" --max_prompt_tokens 1100 --batch_size "$((${BATCH_SIZE:-512} / 2))"
+    text "$out/passages" --prompts "$out/passages.jsonl" --max_prompt_tokens "${PASSAGE_TOKENS:-1800}" --batch_size "$((${BATCH_SIZE:-512} / 2))"
 fi
 
 data=()
