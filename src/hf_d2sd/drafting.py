@@ -285,16 +285,18 @@ def draft_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor], T
 
 
 def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The target's head, or for a pruned draft vocabulary its rows; these are gathered once for a target.
+    """The target's head, or for a pruned draft vocabulary its rows; gathered once, and anew when they change.
 
     Of a plain linear head the rows are read; any other head, a quantized one say, is called on the unit vectors.
     """
     if model.config.draft_vocab_size is None:
         return functools.partial(_call_where_it_is, head)
-    known = getattr(model, "_pruned_head", None)
+    known: _KnownHead | None = getattr(model, "_pruned_head", None)
     plain = type(head) is nn.Linear and head.weight.device.type != "meta"
-    if known is not None and known[0]() is head and (not plain or _are_rows(known[1], model.draft_token_ids, head)):
-        return known[1]
+    if known is not None and known.head() is head:
+        same = _are_rows(known.pruned, model.draft_token_ids, head) if plain else known.still_answers()
+        if same:
+            return known.pruned
     if plain:
         ids = model.draft_token_ids.to(head.weight.device)
         weight = head.weight.detach()[ids]
@@ -303,8 +305,37 @@ def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor],
         weight, bias = _rows_by_calling(head, model.draft_token_ids, model.config.hidden_size)
     device = execution_device(model.fc)
     pruned = PrunedHead(weight.to(device), bias.to(device) if bias is not None else None)
-    model._pruned_head = (weakref.ref(head), pruned)
+    width = model.config.hidden_size
+    model._pruned_head = _KnownHead(weakref.ref(head), pruned, None if plain else _answer(head, width), width)
     return pruned
+
+
+@dataclass(frozen=True)
+class _KnownHead:
+    """Rows that were gathered of a head, and what a head that is only called answered then."""
+
+    head: weakref.ref
+    pruned: PrunedHead
+    answer: Tensor | None  # (1, 1, V)
+    width: int
+
+    def still_answers(self) -> bool:
+        """Whether the head answers as it did: an adapter of it may have been switched, merged or taken off."""
+        head = self.head()
+        if head is None or self.answer is None:
+            return False
+        now = _answer(head, self.width)
+        return now.dtype == self.answer.dtype and torch.equal(now, self.answer.to(now.device))
+
+
+def _answer(head: nn.Module, width: int) -> Tensor:
+    """(1, 1, V): what a head says to a vector that none of its rows, and no low rank of a change, is orthogonal to."""
+    question = torch.arange(1, width + 1, device=execution_device(head)).cos().to(_dtype_of(head))
+    return head(question[None, None]).detach()
+
+
+def _dtype_of(head: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in head.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _are_rows(pruned: PrunedHead, ids: Tensor, head: nn.Linear) -> bool:
@@ -324,9 +355,8 @@ def _call_where_it_is(head: nn.Module, hidden: Tensor) -> Tensor:
 
 def _rows_by_calling(head: nn.Module, ids: Tensor, width: int, chunk: int = 256) -> tuple[Tensor, Tensor]:
     """weight (V', H) and bias (V',) of a head that can only be called."""
-    dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    units = torch.eye(width, device=execution_device(head), dtype=dtype)
-    bias = head(torch.zeros_like(units[:1]))[0]
+    units = torch.eye(width, device=execution_device(head), dtype=_dtype_of(head))
+    bias = head(torch.zeros_like(units[None, :1]))[0, 0]  # a batch of one row: adapters may be chosen by row
     ids = ids.to(bias.device)
-    columns = [(head(part) - bias)[:, ids] for part in units.split(chunk)]
+    columns = [(head(part[None])[0] - bias)[:, ids] for part in units.split(chunk)]
     return torch.cat(columns).T.contiguous(), bias[ids]
