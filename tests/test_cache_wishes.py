@@ -1,4 +1,4 @@
-"""A cache asked for in the target's own generation config, or in a call: what is served, and what is refused and how."""
+"""A cache asked for in the target's own generation config, or in a call: what is served, and what is refused."""
 
 import copy
 

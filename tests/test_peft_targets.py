@@ -1,4 +1,4 @@
-"""Targets with adapters of PEFT: switched, merged and taken off between calls, also where they change embedding or head."""
+"""Targets with adapters of PEFT: switched, merged and taken off between calls, of embedding and head too."""
 
 import copy
 
@@ -88,7 +88,7 @@ def test_a_batch_and_samples():
 
 
 class TestBetweenCalls:
-    """One model, one pair of drafters: after each change the text is the target's own, and the drafters' rows follow."""
+    """One model, one pair of drafters: after each change the text is the target's own, and drafters' rows follow."""
 
     STEPS = {
         "as it is": lambda model: None,
