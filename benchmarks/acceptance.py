@@ -25,6 +25,7 @@ from smollm2 import load_smollm2
 import hf_d2sd
 from hf_d2sd import records
 from hf_d2sd.benchmark.strategies import Models, Strategy, all_strategies, find_strategy
+from hf_d2sd.checks import refuse_unknown_dtype, refuse_unwritable_file
 
 ROWS = {
     "first drafter alone": "dflash",
@@ -147,6 +148,8 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    refuse_unwritable_file("--out", args.out, makes_folder=True)
+    refuse_unknown_dtype(args.dtype)
     torch.set_num_threads(args.threads)
     records.begin(args.out.with_suffix(".run.json"), settings(args))
     measure(args)

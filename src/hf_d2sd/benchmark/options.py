@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import refuse_absent_device
 from ..options import command_fields, pair_options
 from .strategies import PLAIN, WIDE_BUDGET, WIDTH, Strategy, all_strategies, find_strategy, grid
 
@@ -58,6 +59,7 @@ class BenchOptions(TreeFields):
                 raise ValueError(f"{name} must be at least {least}; got {value}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
+        refuse_absent_device(self.device)
         if not self.prompts:
             raise ValueError("Nothing to answer: pass --prompts FILE [FILE ...].")
         if len(self.drafters) > 2:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from .. import records
 from ..binding import tokenizer_fingerprint
-from .shards import Row, batched, read_rows, read_shard, shard_paths, write_shard
+from ..checks import refuse_absent_device, refuse_missing_file, refuse_unknown_dtype, refuse_unwritable_folder
+from ..pairs import refuse_missing_folder
+from .shards import Row, batched, read_rows, read_shard, refuse_missing_rows, shard_paths, write_shard
 
 _MARK = "\u241f"  # stands for the user's words where the chat template is opened
 
@@ -67,6 +69,21 @@ class DistillOptions:
             )
         if not self.prompts and not self.self_prompts:
             raise ValueError("Nothing to answer: pass --prompts FILE, --self_prompts N, or both.")
+        refuse_unknown_dtype(self.dtype, "auto")
+        refuse_absent_device(self.device)
+        try:
+            self.template = json.loads(self.template_options)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--template_options is no JSON: {self.template_options!r} ({error}).") from error
+
+    def check_places(self) -> None:
+        """Raises `ValueError` for what is missing of files and folders, or in the way of the shards."""
+        refuse_missing_folder(self.target)
+        refuse_unwritable_folder("--out", self.out)
+        refuse_missing_file("--openings", self.openings)
+        for file in self.prompts:
+            refuse_missing_file("--prompts", file)
+        refuse_missing_rows(map(Path, self.answered))
 
     @property
     def generation(self) -> dict:
@@ -82,10 +99,11 @@ def distill(options: DistillOptions) -> dict[str, int]:
             other options.
     """
     started = time.monotonic()
+    options.check_places()
+    chats = read_chats(options.prompts, options.max_prompts, options.seed)
     writer = Writer(options)
     options.out.mkdir(parents=True, exist_ok=True)
     records.begin(options.out / "distill.json", _settings(options, tokenizer_fingerprint(writer.tokenizer)))
-    chats = read_chats(options.prompts, options.max_prompts, options.seed)
     chats += [[text] for text in write_prompts(writer)]
     chats = without_answered(without_repetitions(chats), options.answered, writer.opening_tokens)
     # Neighbours of like length share a batch; the batches come in random order, so that any part is a fair sample.
@@ -207,15 +225,35 @@ class Writer:
         self.tokenizer = AutoTokenizer.from_pretrained(options.target, padding_side="left")
         if self.tokenizer.chat_template is None:
             raise ValueError(f"The tokenizer of {options.target} has no chat template.")
+        self._template = functools.partial(self.tokenizer.apply_chat_template, tokenize=False, **options.template)
+        self._try_template()
+
+    def _try_template(self) -> None:
+        """Raises `ValueError` where it refuses the system message or the options, before the model is read."""
+        try:
+            around = self._render([{"role": "user", "content": _MARK}]).split(_MARK)
+        except Exception as error:  # whatever a template may raise
+            raise ValueError(
+                f"The chat template of {self.options.target} refuses a chat with --system and --template_options as "
+                f"they are: {error}."
+            ) from error
+        if self.options.self_prompts and len(around) != 2:
+            raise ValueError(
+                f"The chat template of {self.options.target} does not show the user's words once, as they are: "
+                "--self_prompts cannot be written at it. Pass --prompts."
+            )
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """Read when it is first asked for: after all that can be wrong without it."""
+        options = self.options
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).to(device).eval()
+        return AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).to(device).eval()
+
+    @functools.cached_property
+    def eos(self) -> list[int]:
         eos = self.model.generation_config.eos_token_id
-        self.eos = [eos] if isinstance(eos, int) else list(eos or [self.tokenizer.eos_token_id])
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token_id = self.eos[0]
-        self._template = functools.partial(
-            self.tokenizer.apply_chat_template, tokenize=False, **json.loads(options.template_options)
-        )
+        return [eos] if isinstance(eos, int) else list(eos or [self.tokenizer.eos_token_id])
 
     def _render(self, messages: list[dict]) -> str:
         system = [{"role": "system", "content": self.options.system}] if self.options.system else []
@@ -272,6 +310,8 @@ class Writer:
     @torch.inference_mode()
     def _generate(self, prompts: list[str], **options) -> list[Tensor]:
         """The response (R,) to each prompt, its end-of-sequence token included."""
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token_id = self.eos[0]
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         output = self.model.generate(
             **inputs.to(self.model.device),
