@@ -85,6 +85,7 @@ LATE = [
     ("distill", "--prompts {file}", "line 1: no JSON object"),
     ("distill", "--answered {empty}", "has no rows"),
     ("distill", "--template_options {{", "template_options is no JSON"),
+    ("distill", "--template_options []", "must be a JSON object"),
     ("distill", "--dtype float99", "--dtype is 'float99'"),
     ("distill", "--device cuda:99", "--device is 'cuda:99'; this machine has"),
     ("distill", "--target ./nowhere", "There is no folder ./nowhere"),

@@ -181,16 +181,24 @@ class TestWhatATreeCannotFollow:
 
     def test_an_adapter_that_starts_at_certain_tokens(self):
         model = with_adapters(one=lora(alora_invocation_tokens=prompt(9)[0, -3:].tolist()))
-        with pytest.raises(ValueError, match="alora_invocation_tokens"):
-            model.generate(input_ids=prompt(9), assistant_model=tiny_assistant(4, 6), **OPTIONS)
+        self.refused(model, "alora_invocation_tokens", input_ids=prompt(9))
 
     def test_an_adapter_for_each_row(self):
-        model = with_adapters(one=lora(), two=lora())
-        inputs = torch.cat([prompt(9), prompt(9, 1)])
-        with pytest.raises(ValueError, match="adapter_names gives each row an adapter"):
-            model.generate(
-                input_ids=inputs, adapter_names=["one", "two"], assistant_model=tiny_assistant(4, 6), **OPTIONS
-            )
+        inputs = dict(input_ids=torch.cat([prompt(9), prompt(9, 1)]), adapter_names=["one", "two"])
+        self.refused(with_adapters(one=lora(), two=lora()), "adapter_names gives each row an adapter", **inputs)
+
+    def refused(self, model, message: str, **inputs) -> None:
+        """And nothing of it stays, which PEFT leaves in the model when a call ends in an error."""
+        others = {"input_ids": inputs["input_ids"]}
+        with model.disable_adapter():
+            plain = model.generate(**others, **OPTIONS)
+        before = model.generate(**inputs, **OPTIONS)
+        with pytest.raises(ValueError, match=message):
+            model.generate(**inputs, assistant_model=tiny_assistant(4, 6), **OPTIONS)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+        with model.disable_adapter():
+            assert model.generate(**others, **OPTIONS).tolist() == plain.tolist()
+        assert model.generate(**inputs, **OPTIONS).tolist() == before.tolist()
 
     def test_one_row_may_name_its_adapter(self):
         model = with_adapters(one=lora(OUTER), two=lora(OUTER))

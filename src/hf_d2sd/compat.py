@@ -94,12 +94,25 @@ def adapters_by_token(target) -> list[str]:
     Returns:
         `adapter_names`, of several rows, and `alora_offsets`, as far as they are there.
     """
-    if not hasattr(target, "peft_config"):
-        return []
-    hooks = [hook for module in target.modules() for hook in module._forward_pre_hooks.values()]
-    told = [getattr(hook, "keywords", {}) for hook in hooks]
+    told = [hook.keywords for module, key in _telling_hooks(target) for hook in [module._forward_pre_hooks[key]]]
     names = ["adapter_names"] if any(len(of.get("adapter_names") or ()) > 1 for of in told) else []
     return names + (["alora_offsets"] if any(of.get("alora_offsets") is not None for of in told) else [])
+
+
+def forget_told_adapters(target) -> None:
+    """Take off what tells adapters that: PEFT leaves it in place when a call ends in an error, for all later calls."""
+    for module, key in _telling_hooks(target):
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _telling_hooks(target) -> list[tuple[nn.Module, int]]:
+    """Modules, and the keys of their hooks of that kind."""
+    if not hasattr(target, "peft_config"):
+        return []
+    hooks = [(module, key, hook) for module in target.modules() for key, hook in module._forward_pre_hooks.items()]
+    told = {"adapter_names", "alora_offsets"}
+    return [(module, key) for module, key, hook in hooks if told & set(getattr(hook, "keywords", ()))]
 
 
 def is_static(cache_implementation: str | None) -> bool:

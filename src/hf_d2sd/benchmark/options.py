@@ -68,6 +68,8 @@ class BenchOptions(TreeFields):
             self.template = json.loads(self.template_options)
         except json.JSONDecodeError as error:
             raise ValueError(f"template_options is no JSON: {self.template_options!r} ({error}).") from error
+        if not isinstance(self.template, dict):
+            raise ValueError(f"template_options is {self.template_options!r}; it must be a JSON object.")
         self.chosen(all_strategies(), {"first", "second", "draft_lm"})  # names are wrong before a model is looked at
 
     def chosen(self, known: dict[str, Strategy], given: set[str]) -> list[Strategy]:

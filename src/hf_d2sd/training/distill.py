@@ -75,6 +75,8 @@ class DistillOptions:
             self.template = json.loads(self.template_options)
         except json.JSONDecodeError as error:
             raise ValueError(f"--template_options is no JSON: {self.template_options!r} ({error}).") from error
+        if not isinstance(self.template, dict):
+            raise ValueError(f"--template_options is {self.template_options!r}; it must be a JSON object.")
 
     def check_places(self) -> None:
         """Raises `ValueError` for what is missing of files and folders, or in the way of the shards."""
@@ -248,7 +250,8 @@ class Writer:
         """Read when it is first asked for: after all that can be wrong without it."""
         options = self.options
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).to(device).eval()
+        with torch.inference_mode(False):  # weights that may be used outside of it too
+            return AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).to(device).eval()
 
     @functools.cached_property
     def eos(self) -> list[int]:
