@@ -23,11 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_d2sd import records
 from hf_d2sd.benchmark.machine import processor_name
+from hf_d2sd.checks import refuse_unwritable_file, refuse_unwritable_folder
 from hf_d2sd.training.blocks import cut_blocks
 from hf_d2sd.training.drafters import Trainee
 from hf_d2sd.training.features import compute_features
 from hf_d2sd.training.options import TrainOptions
-from hf_d2sd.training.shards import Row, batched
+from hf_d2sd.training.shards import Row, batched, refuse_missing_rows
 from hf_d2sd.training.trainer import DrafterRun
 
 VARIANTS = {
@@ -165,6 +166,9 @@ def main() -> None:
     args.variants = args.variants or possible
     if not set(args.variants) <= set(possible):
         parser.error(f"drafters that are there keep their shape; with --pair the variants are {possible}")
+    refuse_unwritable_folder("--work", args.work)
+    refuse_unwritable_file("--out", args.out)
+    refuse_missing_rows([args.data])
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     paths = {variant: args.work / f"{options_of(variant, args).out.name}.json" for variant in args.variants}

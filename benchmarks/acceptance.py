@@ -33,6 +33,7 @@ import hf_d2sd
 from hf_d2sd import records
 from hf_d2sd.benchmark.replaying import Text, replay
 from hf_d2sd.benchmark.strategies import Models, Strategy, all_strategies, find_strategy
+from hf_d2sd.checks import refuse_unknown_dtype, refuse_unwritable_file
 from hf_d2sd.options import settle
 from hf_d2sd.training.features import compute_features
 from hf_d2sd.training.shards import Row
@@ -193,6 +194,8 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    refuse_unwritable_file("--out", args.out, makes_folder=True)
+    refuse_unknown_dtype(args.dtype)
     torch.set_num_threads(args.threads)
     records.begin(args.out.with_suffix(".run.json"), settings(args))
     measure(args)

@@ -28,6 +28,7 @@ import hf_d2sd  # noqa: E402
 from hf_d2sd.benchmark.machine import processor_name  # noqa: E402
 from hf_d2sd.cache import TreeCache, TreeLayer  # noqa: E402
 from hf_d2sd.candidates import Draft, merge  # noqa: E402
+from hf_d2sd.checks import refuse_unwritable_file  # noqa: E402
 from hf_d2sd.drafting import DraftContext, Drafter  # noqa: E402
 from hf_d2sd.growing import State, grow  # noqa: E402
 from hf_d2sd.options import DecodingOptions  # noqa: E402
@@ -200,6 +201,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="names of measurements")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    refuse_unwritable_file("--out", args.out)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model, _ = load_smollm2()

@@ -28,6 +28,7 @@ from smollm2 import load_smollm2  # noqa: E402
 import hf_d2sd  # noqa: E402
 from hf_d2sd import records  # noqa: E402
 from hf_d2sd.benchmark.machine import versions  # noqa: E402
+from hf_d2sd.checks import refuse_unwritable_file, refuse_unwritable_folder  # noqa: E402
 
 PAIR = HERE.parent / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
 
@@ -193,6 +194,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shard", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    refuse_unwritable_folder("--work", args.work)
+    refuse_unwritable_file("--out", args.out)
     args.work.mkdir(parents=True, exist_ok=True)
     if args.shard is not None:
         work(args, args.shard)

@@ -27,6 +27,7 @@ from hf_d2sd.attention import Nodes, cascade, plan_layer
 from hf_d2sd.cache import TreeCache, TreeLayer
 from hf_d2sd.candidates import Draft
 from hf_d2sd.captured import FixedShapes, compile_once
+from hf_d2sd.checks import refuse_unwritable_file
 from hf_d2sd.choosing import Choosers
 from hf_d2sd.decoding import Accepted, Batch
 from hf_d2sd.drafting import Drafter
@@ -361,6 +362,7 @@ def main() -> int:
     parser.add_argument("--checks-only", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    refuse_unwritable_file("--out", args.out)
     if not torch.cuda.is_available():
         print("gpu_check.py needs a CUDA device.", file=sys.stderr)
         return 2

@@ -67,6 +67,9 @@ def main() -> int:
     if args.kind:
         print(json.dumps(run(args.kind, args.pair, args.prompt_tokens, args.new_tokens)))
         return 0
+    from hf_d2sd.checks import refuse_unwritable_file  # in this process alone: the others are measured
+
+    refuse_unwritable_file("--out", args.out)
     plain, ours = in_a_process("plain", args), in_a_process("d2sd", args)
     over = ours["peak_mb"] - plain["peak_mb"]
     bound = ours["drafters_mb"] + 0.1 * ours["cache_mb"] + 200

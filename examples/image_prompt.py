@@ -19,10 +19,10 @@ parser.add_argument("--question", default="What is in this picture?")
 parser.add_argument("--max-new-tokens", type=int, default=64)
 args = parser.parse_args()
 
+image = Image.open(args.image) if args.image else Image.new("RGB", (224, 224), "red")
 target = AutoModelForImageTextToText.from_pretrained(args.target, dtype="auto")
 processor = AutoProcessor.from_pretrained(args.target)
 assistant = D2SDAssistant.from_drafters(*args.drafters, dtype=target.dtype)
-image = Image.open(args.image) if args.image else Image.new("RGB", (224, 224), "red")
 chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": args.question}]}]
 template = dict(add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
 inputs = processor.apply_chat_template(chat, **template)

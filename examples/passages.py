@@ -14,8 +14,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
+from hf_d2sd.checks import refuse_unwritable_file
 from hf_d2sd.records import write_lines
-from hf_d2sd.training.shards import read_rows
+from hf_d2sd.training.shards import read_rows, refuse_missing_rows
 
 ONE = (
     "Summarize: {0}",
@@ -98,6 +99,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    refuse_unwritable_file("--out", args.out)
+    refuse_missing_rows(args.data)
     texts = read_texts(args.data, AutoTokenizer.from_pretrained(args.target))
     passages = sorted({reply for _, reply, length in texts if length >= args.shortest and is_prose(reply)})
     questions = sorted({request for request, _, _ in texts if request.endswith("?") and len(request) < 120})

@@ -70,6 +70,7 @@ class Format:
     name: str
     own = False  # whether it is this library's, so that Transformers reads and writes it
     engines = ""  # that read what `write` writes
+    names_target = False  # whether `write` has to be told of the target
 
     def detect(self, config: dict) -> bool:
         """Whether a `config.json` has this layout.
@@ -138,6 +139,7 @@ class SpeculatorsFormat(Format):
 
     name = "speculators"
     engines = "vLLM"
+    names_target = True
 
     def detect(self, config: dict) -> bool:
         kind = config.get("speculators_model_type")

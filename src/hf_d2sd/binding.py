@@ -7,9 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from .compat import embedding_scale, is_stateful
+from .compat import adapters_by_token, embedding_scale, is_stateful, is_static, owner_of_inputs
 from .modeling import D2SDAssistant, D2SDDrafterConfig
+
+logger = logging.get_logger(__name__)
 
 
 def refuse(reasons: list[str]) -> None:
@@ -23,9 +26,22 @@ def refuse(reasons: list[str]) -> None:
 def unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[str]:
     """What stands in the way, in words; empty if nothing does."""
     name = type(target).__name__
+    by_token = adapters_by_token(target)
     reasons = {
         f"{name} is an encoder-decoder model": target.config.is_encoder_decoder,
         f"{name} has a recurrent state, which cannot return to an accepted prefix": is_stateful(target),
+        f"{name} has its inputs prepared by {type(owner_of_inputs(target)).__name__}, for virtual tokens of prompt "
+        "or prefix tuning, which a tree does not have": owner_of_inputs(target) is not target,
+        "adapter_names gives each row an adapter, and rows leave the batch (use set_adapter)": (
+            "adapter_names" in by_token
+        ),
+        "an activated LoRA (alora_invocation_tokens) counts tokens from the end, and a tree has several ends": (
+            "alora_offsets" in by_token
+        ),
+        f"cache_implementation is {config.cache_implementation!r}, and the cache of a tree is neither offloaded nor "
+        "quantized (unset it, in the call or in the target's generation_config.cache_implementation)": (
+            (config.cache_implementation or "").startswith(("offloaded", "quantized"))
+        ),
         "use_cache is False": config.use_cache is False,
         "synced_gpus (ZeRO-3 or FSDP) is on": mode_kwargs.get("synced_gpus"),
         "prompt_lookup_num_tokens is set": config.prompt_lookup_num_tokens is not None,
@@ -42,6 +58,17 @@ def unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[str
         ),
     }
     return [reason for reason, holds in reasons.items() if holds]
+
+
+def take_wish_for_speed(target, config: GenerationConfig) -> None:
+    """A static cache of the target's own generation config gives way to the tree's; one that is passed does not."""
+    wish = config.cache_implementation
+    if is_static(wish) and target.generation_config.cache_implementation == wish:
+        logger.warning_once(
+            f"The target's generation config has cache_implementation={wish!r}. D²SD decoding uses a preallocated "
+            "cache of its own in its place; for cycles of fixed shapes call assistant.compile()."
+        )
+        config.cache_implementation = None
 
 
 def bind(assistant: D2SDAssistant, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

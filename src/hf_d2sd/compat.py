@@ -29,6 +29,7 @@ from transformers.generation import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
     logits_process,
 )
+from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEMENTATIONS
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerationMixin
 from transformers.utils import output_capturing
@@ -80,6 +81,44 @@ def is_stateful(target) -> bool:
 def is_users_cache(cache: Cache) -> bool:
     """Whether the user passed this cache, and `generate` did not make it."""
     return getattr(cache, "_is_user_defined", False)
+
+
+def owner_of_inputs(target) -> object:
+    """Whose method prepares the inputs of a model's forward: the model, or what was put in front of it."""
+    return getattr(target.prepare_inputs_for_generation, "__self__", target)
+
+
+def adapters_by_token(target) -> list[str]:
+    """What PEFT's `generate` tells each adapter and no tree can follow: which row, or which token it is for.
+
+    Returns:
+        `adapter_names`, of several rows, and `alora_offsets`, as far as they are there.
+    """
+    told = [hook.keywords for module, key in _telling_hooks(target) for hook in [module._forward_pre_hooks[key]]]
+    names = ["adapter_names"] if any(len(of.get("adapter_names") or ()) > 1 for of in told) else []
+    return names + (["alora_offsets"] if any(of.get("alora_offsets") is not None for of in told) else [])
+
+
+def forget_told_adapters(target) -> None:
+    """Take off what tells adapters that: PEFT leaves it in place when a call ends in an error, for all later calls."""
+    for module, key in _telling_hooks(target):
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _telling_hooks(target) -> list[tuple[nn.Module, int]]:
+    """Modules, and the keys of their hooks of that kind."""
+    if not hasattr(target, "peft_config"):
+        return []
+    hooks = [(module, key, hook) for module in target.modules() for key, hook in module._forward_pre_hooks.items()]
+    told = {"adapter_names", "alora_offsets"}
+    return [(module, key) for module, key, hook in hooks if told & set(getattr(hook, "keywords", ()))]
+
+
+def is_static(cache_implementation: str | None) -> bool:
+    """Whether this name asks for a cache of fixed size on the device: a wish for speed, not for memory."""
+    static = cache_implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS
+    return static and "offloaded" not in (cache_implementation or "")
 
 
 def pad_token(generation_config: GenerationConfig) -> Tensor | None:
@@ -163,7 +202,8 @@ def without_embed_norm(embed: nn.Module) -> nn.Module:
 
 
 def embedding_scale(embed: nn.Module) -> float | Tensor:
-    """What a module multiplies its embeddings by."""
+    """What a module, or the one that an adapter wraps, multiplies its embeddings by."""
+    embed = getattr(embed, "base_layer", embed)
     return getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0))
 
 

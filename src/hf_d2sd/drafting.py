@@ -338,16 +338,18 @@ def _scaled(model: D2SDDrafterModel, read: Callable[[Tensor], Tensor]) -> Callab
 
 
 def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The target's head, or for a pruned draft vocabulary its rows; these are gathered once for a target.
+    """The target's head, or for a pruned draft vocabulary its rows; gathered once, and anew when they change.
 
     Of a plain linear head the rows are read; any other head, a quantized one say, is called on the unit vectors.
     """
     if model.config.draft_vocab_size is None:
         return functools.partial(_call_where_it_is, head)
-    known = getattr(model, "_pruned_head", None)
+    known: _KnownHead | None = getattr(model, "_pruned_head", None)
     plain = type(head) is nn.Linear and head.weight.device.type != "meta"
-    if known is not None and known[0]() is head and (not plain or _are_rows(known[1], model.draft_token_ids, head)):
-        return known[1]
+    if known is not None and known.head() is head:
+        same = _are_rows(known.pruned, model.draft_token_ids, head) if plain else known.still_answers()
+        if same:
+            return known.pruned
     if plain:
         ids = model.draft_token_ids.to(head.weight.device)
         weight = head.weight.detach()[ids]
@@ -356,7 +358,8 @@ def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor],
         weight, bias = _rows_by_calling(head, model.draft_token_ids, model.config.hidden_size)
     device = execution_device(model.fc)
     pruned = PrunedHead(weight.to(device), bias.to(device) if bias is not None else None)
-    model._pruned_head = (weakref.ref(head), pruned)
+    width = model.config.hidden_size
+    model._pruned_head = _KnownHead(weakref.ref(head), pruned, None if plain else _answer(head, width), width)
     return pruned
 
 
@@ -380,11 +383,40 @@ def _weight_by_calling(model: D2SDDrafterModel, head: nn.Module) -> Tensor:
     read = _target_head(model, head)
     if isinstance(read, PrunedHead):
         return read.weight
-    known = getattr(model, "_read_head", None)
-    if known is None or known[0]() is not head:
-        ids = torch.arange(model.config.vocab_size)
-        model._read_head = known = (weakref.ref(head), _rows_by_calling(head, ids, model.config.hidden_size)[0])
-    return known[1]
+    width = model.config.hidden_size
+    known: _KnownHead | None = getattr(model, "_read_head", None)
+    if known is None or known.head() is not head or not known.still_answers():
+        whole = PrunedHead(*_rows_by_calling(head, torch.arange(model.config.vocab_size), width))
+        model._read_head = known = _KnownHead(weakref.ref(head), whole, _answer(head, width), width)
+    return known.pruned.weight
+
+
+@dataclass(frozen=True)
+class _KnownHead:
+    """Rows that were gathered of a head, and what a head that is only called answered then."""
+
+    head: weakref.ref
+    pruned: PrunedHead
+    answer: Tensor | None  # (1, 1, V)
+    width: int
+
+    def still_answers(self) -> bool:
+        """Whether the head answers as it did: an adapter of it may have been switched, merged or taken off."""
+        head = self.head()
+        if head is None or self.answer is None:
+            return False
+        now = _answer(head, self.width)
+        return now.dtype == self.answer.dtype and torch.equal(now, self.answer.to(now.device))
+
+
+def _answer(head: nn.Module, width: int) -> Tensor:
+    """(1, 1, V): what a head says to a vector that none of its rows, and no low rank of a change, is orthogonal to."""
+    question = torch.arange(1, width + 1, device=execution_device(head)).cos().to(_dtype_of(head))
+    return head(question[None, None]).detach()
+
+
+def _dtype_of(head: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in head.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _are_rows(pruned: PrunedHead, ids: Tensor, head: nn.Linear) -> bool:
@@ -404,9 +436,8 @@ def _call_where_it_is(head: nn.Module, hidden: Tensor) -> Tensor:
 
 def _rows_by_calling(head: nn.Module, ids: Tensor, width: int, chunk: int = 256) -> tuple[Tensor, Tensor]:
     """weight (V', H) and bias (V',) of a head that can only be called."""
-    dtype = next((p.dtype for p in head.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    units = torch.eye(width, device=execution_device(head), dtype=dtype)
-    bias = head(torch.zeros_like(units[:1]))[0]
+    units = torch.eye(width, device=execution_device(head), dtype=_dtype_of(head))
+    bias = head(torch.zeros_like(units[None, :1]))[0, 0]  # a batch of one row: adapters may be chosen by row
     ids = ids.to(bias.device)
-    columns = [(head(part) - bias)[:, ids] for part in units.split(chunk)]
+    columns = [(head(part[None])[0] - bias)[:, ids] for part in units.split(chunk)]
     return torch.cat(columns).T.contiguous(), bias[ids]

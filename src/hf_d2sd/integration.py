@@ -5,9 +5,9 @@ import copy
 from transformers import GenerationConfig
 
 from . import options
-from .binding import bind, refuse, unsupported
+from .binding import bind, refuse, take_wish_for_speed, unsupported
 from .calling import assisted_decode
-from .compat import PLAIN_MODES, wrap_assisted_decoding, wrap_mode, wrap_validation
+from .compat import PLAIN_MODES, forget_told_adapters, wrap_assisted_decoding, wrap_mode, wrap_validation
 from .modeling import D2SDDrafterModel
 
 
@@ -42,8 +42,13 @@ def _get_generation_mode(stock, config: GenerationConfig, assistant_model=None):
 def _validate_generation_mode(stock, target, generation_mode, generation_config, generation_mode_kwargs):
     assistant = generation_mode_kwargs.get("assistant_model")
     if _is_ours(assistant):
-        refuse(unsupported(target, generation_config, generation_mode_kwargs))
-        bind(assistant, target, generation_mode_kwargs.get("tokenizer"))
+        try:
+            refuse(unsupported(target, generation_config, generation_mode_kwargs))
+            bind(assistant, target, generation_mode_kwargs.get("tokenizer"))
+        except ValueError:
+            forget_told_adapters(target)
+            raise
+        take_wish_for_speed(target, generation_config)  # of the call's own copy
         # Stock wants vocabularies of the same size, and a target may have grown: it is shown one that fits.
         generation_mode_kwargs = {**generation_mode_kwargs, "assistant_model": target}
         generation_config = copy.copy(generation_config)

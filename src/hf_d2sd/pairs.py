@@ -40,6 +40,20 @@ def load_assistant(drafters: Sequence[str], dtype: torch.dtype) -> D2SDAssistant
     return D2SDAssistant.from_drafters(*drafters, dtype=dtype)
 
 
+def read_drafter_config(name: str, role: str) -> D2SDDrafterConfig:
+    """Of the drafter that `load_drafter` would load.
+
+    Raises:
+        ValueError: for a pair without such a drafter.
+    """
+    if not is_pair(name):
+        return D2SDDrafterConfig.from_pretrained(name)
+    config = getattr(D2SDConfig.from_pretrained(name), role)
+    if config is None:
+        raise ValueError(f"{name} has no {role} drafter: its first is the only one.")
+    return config
+
+
 def load_drafter(name: str, role: str, **kwargs) -> D2SDDrafterModel:
     """A drafter, or of a pair the one with this role, "first" or "second"; `kwargs` go to `from_pretrained`.
 
@@ -48,7 +62,5 @@ def load_drafter(name: str, role: str, **kwargs) -> D2SDDrafterModel:
     """
     if not is_pair(name):
         return D2SDDrafterModel.from_pretrained(name, **kwargs)
-    drafter = getattr(D2SDAssistant.from_pretrained(name, **kwargs), role)
-    if drafter is None:
-        raise ValueError(f"{name} has no {role} drafter: its first is the only one.")
-    return drafter
+    read_drafter_config(name, role)
+    return getattr(D2SDAssistant.from_pretrained(name, **kwargs), role)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .choosing import Choosers, Record
 from .compat import CACHE_NAME, full_length
 
-# Inputs along the tokens of the prompt: (B, L) or (B, L, H).
+# Inputs along the tokens of the prompt: (B, L) or (B, L, H); of several axes, positions are (A, B, L).
 _ALONG_TOKENS = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "inputs_embeds")
 
 
@@ -54,8 +54,7 @@ def read_prompt(input_ids: Tensor, cache, generation_config, model_kwargs: dict)
     """Which tokens are not in the cache yet, with each row's own ones at its start.
 
     Raises:
-        ValueError: for a prompt without a new token, positions of several dimensions, a cache of another batch, or
-            inputs that cannot be split or shifted.
+        ValueError: for a prompt without a new token, a cache of another batch, or inputs that cannot be split.
     """
     embeds = model_kwargs.get("inputs_embeds")
     prompt = input_ids if embeds is None else embeds
@@ -74,7 +73,9 @@ def read_prompt(input_ids: Tensor, cache, generation_config, model_kwargs: dict)
     width = max(counts)
     order = (~own).int().argsort(dim=1, stable=True)[:, :width]  # each row's own tokens first
     shifted = {
-        name: _shift(value, order, len(own[0])) for name, value in model_kwargs.items() if name in _ALONG_TOKENS
+        name: _shift_axes(value, order, len(own[0])) if name == "position_ids" else _shift(value, order, len(own[0]))
+        for name, value in model_kwargs.items()
+        if name in _ALONG_TOKENS
     }
     shifted["attention_mask"] = None
     if input_ids.shape[1]:
@@ -91,6 +92,13 @@ def _shift(value: Tensor | None, order: Tensor, columns: int) -> Tensor | None:
     return value.gather(1, order.view(*order.shape, *(1,) * (value.ndim - 2)).expand(*order.shape, *value.shape[2:]))
 
 
+def _shift_axes(positions: Tensor | None, order: Tensor, columns: int) -> Tensor | None:
+    """The same for positions, which some targets have of several axes: (A, B or 1, >= columns)."""
+    if positions is None or positions.ndim == 2:
+        return _shift(positions, order, columns)
+    return torch.stack([shifted for axis in positions if (shifted := _shift(axis, order, columns)) is not None])
+
+
 def _count_new_columns(prompt: Tensor, mask: Tensor | None, past: int, is_embeds: bool, generation_config) -> int:
     length = full_length(generation_config, mask)
     whole = is_embeds or length == prompt.shape[1]  # else only what follows the cached tokens was passed
@@ -104,19 +112,15 @@ def _count_new_columns(prompt: Tensor, mask: Tensor | None, past: int, is_embeds
 
 
 def _check_inputs(prompt: Tensor, cache, width: int, chunk_size: int | None, model_kwargs: dict) -> None:
-    positions = model_kwargs.get("position_ids")
-    if positions is not None and positions.ndim != 2:
-        raise ValueError(
-            f"D²SD decoding takes position_ids of shape (rows, length); this target uses {positions.ndim} dimensions "
-            "(multimodal rotary positions). Call generate without assistant_model."
-        )
     held = next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized and layer.keys.numel()), None)
     if held is not None and held != len(prompt):
         raise ValueError(f"{CACHE_NAME} holds {held} rows and the prompt has {len(prompt)}.")
     extra = sorted(
         name
         for name, value in model_kwargs.items()
-        if name not in _ALONG_TOKENS and not isinstance(value, (type(None), bool, int, float, str))
+        if name not in _ALONG_TOKENS
+        and (torch.is_tensor(value) or value)
+        and not isinstance(value, (bool, int, float, str))
     )
     if extra and chunk_size is not None and chunk_size < width:
         raise ValueError(f"prefill_chunk_size={chunk_size} would split the inputs {extra}; leave it unset.")

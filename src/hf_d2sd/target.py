@@ -73,6 +73,8 @@ class Target:
         self._capture = True if all_hidden_states else captured_layers(layer_ids)
         # By row, the position of the next token that is not in the cache.
         self.positions = full_lengths(cache) if cache.get_seq_length() else [0] * rows
+        # Of rotary positions with several axes, text, time, height and width say: what each is ahead of that (A, B).
+        self._axes_ahead: Tensor | None = None
 
     def prefill(
         self,
@@ -91,6 +93,7 @@ class Target:
         """
         cached = full_lengths(self.cache) if self.cache.get_seq_length() else [0] * len(self.rows)
         counts = [new_tokens] * len(cached) if counts is None else counts
+        self._axes_ahead = _axes_ahead(model_kwargs.get("position_ids"), new_tokens, cached, counts)
         if min(cached) < max(cached):
             yield from self._prefill_ragged(input_ids[:, -new_tokens:], counts, chunk_size or _CHUNK)
             return
@@ -98,7 +101,7 @@ class Target:
         chunk_size = chunk_size or new_tokens
         for start in range(0, new_tokens, chunk_size):
             end = min(start + chunk_size, new_tokens)
-            kwargs = {name: _without_last(value, new_tokens - end) for name, value in model_kwargs.items()}
+            kwargs = {name: _without_last(value, new_tokens - end, name) for name, value in model_kwargs.items()}
             lasts = sorted({count - 1 - start for count in counts if start < count <= end})  # columns of last tokens
             if lasts and lasts != [end - start - 1]:
                 kwargs = with_logits_of(kwargs, torch.tensor(lasts, device=self.device))
@@ -114,7 +117,7 @@ class Target:
 
     def _positions_after(self, position_ids: Tensor | None, size: int, own: list[int], ends: list[int]) -> list[int]:
         """By row, the position after the `own` first of this chunk's `size` tokens."""
-        if position_ids is None:
+        if position_ids is None or position_ids.ndim == 3:
             return ends
         last = position_ids[:, -size:].expand(len(own), -1).tolist()
         return [row[count - 1] + 1 if count else before for row, count, before in zip(last, own, self.positions)]
@@ -141,11 +144,19 @@ class Target:
         """One pass over the N nodes, each seeing the cache and its own ancestors; the cache grows by all nodes."""
         nodes, places = Nodes.of_tree(tree), self.cache.places()
         prepared = self.attention.prepare(nodes, self.cache, places, self.model.dtype)
-        positions = torch.tensor(self.positions, device=self.device)[:, None] + tree.depths
+        positions = self._positions_at(tree.depths)
         inputs = tree_inputs(tree.tokens, positions, self.attention.as_argument(prepared), self.cache)
         with self.attention.active(prepared):
             logits, hidden_states = forward(self.run, inputs, self._capture)
         return TargetPass(logits, hidden_states, None, nodes, places)
+
+    def _positions_at(self, depths: Tensor) -> Tensor:
+        """Of nodes at these depths (B, N): (B, N), or (A, B, N) for a target whose positions have A axes.
+
+        A tree is text, and along text each axis goes on by one a token, from where the prompt's last token left it.
+        """
+        positions = torch.tensor(self.positions, device=self.device)[:, None] + depths
+        return positions if self._axes_ahead is None else positions + self._axes_ahead[:, self.rows, None]
 
     def commit(self, step: TargetPass, paths: Tensor, counts: list[int]) -> None:
         """Of a tree's nodes keep each row's first `counts[b]` of `paths` (B, A), and forget the others."""
@@ -201,8 +212,24 @@ def _pick_last(before: Tensor | None, logits: Tensor, at: list[int], lasts: list
     return torch.cat([logits[:1, :1] if new is None else new for new in picked])
 
 
-def _without_last(value, count: int):
+def _axes_ahead(position_ids: Tensor | None, width: int, cached: list[int], counts: list[int]) -> Tensor | None:
+    """(A, B): what each axis of rotary positions is ahead of the number of tokens, behind each row's last token.
+
+    Args:
+        position_ids: (A, B or 1, at least `width`); those of one axis, (B, L), are none of this.
+        cached: by row, tokens before the last `width` ones, of which its own are the first `counts[b]`.
+    """
+    if position_ids is None or position_ids.ndim != 3:
+        return None
+    new = position_ids[..., -width:].expand(-1, len(counts), -1)
+    last = torch.tensor(counts, device=new.device) - 1
+    return new[:, torch.arange(len(counts), device=new.device), last] - last - torch.tensor(cached, device=new.device)
+
+
+def _without_last(value, count: int, name: str = ""):
     """A tensor along the sequence without its last `count` entries; anything else unchanged."""
+    if count and name == "position_ids" and torch.is_tensor(value):
+        return value[..., :-count]
     if count == 0 or not torch.is_tensor(value) or value.ndim < 2 or value.shape[1] == 0:
         return value
     return value[:, :-count]

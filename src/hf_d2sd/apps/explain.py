@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from ..checks import refuse_unwritable_file
 from ..records import write_text
 from ..streaming import SourceStreamer
 from .answering import Answer, answer
@@ -23,8 +24,7 @@ class ExplainOptions(PromptOptions):
     def __post_init__(self):
         super().__post_init__()
         self.out = Path(self.out)
-        if not self.out.parent.is_dir() or self.out.is_dir():
-            raise ValueError(f"--out is {self.out}: name a file in a folder that is there.")
+        refuse_unwritable_file("--out", self.out)
 
 
 def explain(options: ExplainOptions) -> dict:

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from ..binding import bind
+from ..checks import refuse_absent_device
 from ..modeling import D2SDAssistant, D2SDConfig
 from ..options import PREFIX, command_fields, option_fields, settle
 from ..pairs import load_assistant, read_pair_config, refuse_missing_folder
@@ -52,6 +53,7 @@ class PairOptions(DraftingFields):
                 f"--drafters names {len(self.drafters)} of {self.drafters}: name a pair, a first drafter, or a first "
                 "and a second drafter."
             )
+        refuse_absent_device(self.device)
 
     def d2sd_options(self) -> dict:
         """The options of `generate` that were given."""

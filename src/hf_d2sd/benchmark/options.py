@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checks import refuse_absent_device
 from ..options import command_fields, pair_options
 from .strategies import PLAIN, WIDE_BUDGET, WIDTH, Strategy, all_strategies, find_strategy, grid
 
@@ -58,6 +59,7 @@ class BenchOptions(TreeFields):
                 raise ValueError(f"{name} must be at least {least}; got {value}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
+        refuse_absent_device(self.device)
         if not self.prompts:
             raise ValueError("Nothing to answer: pass --prompts FILE [FILE ...].")
         if len(self.drafters) > 2:
@@ -66,6 +68,8 @@ class BenchOptions(TreeFields):
             self.template = json.loads(self.template_options)
         except json.JSONDecodeError as error:
             raise ValueError(f"template_options is no JSON: {self.template_options!r} ({error}).") from error
+        if not isinstance(self.template, dict):
+            raise ValueError(f"template_options is {self.template_options!r}; it must be a JSON object.")
         self.chosen(all_strategies(), {"first", "second", "draft_lm"})  # names are wrong before a model is looked at
 
     def chosen(self, known: dict[str, Strategy], given: set[str]) -> list[Strategy]:

@@ -12,6 +12,7 @@ from transformers.utils.logging import tqdm
 
 from .. import records
 from ..captured import buffer_size
+from ..checks import refuse_unwritable_folder
 from ..modeling import D2SDAssistant, D2SDConfig
 from ..pairs import load_assistant, read_pair_config, refuse_missing_folder
 from .machine import environment
@@ -46,6 +47,7 @@ def bench(options: BenchOptions) -> dict:
         ValueError: for what is wrong with the options, the prompts or the models' configs, before a model is loaded.
     """
     refuse_missing_packages()
+    refuse_unwritable_folder("--out", options.out)
     prompts = read_suites(options.prompts, options.max_samples)
     for name in (options.target, *options.drafters, *filter(None, [options.draft_lm])):
         refuse_missing_folder(name)
@@ -60,6 +62,8 @@ def bench(options: BenchOptions) -> dict:
     about = {s.name: {"about": s.about, "options": s.options, "ours": s.ours} for s in strategies}
     run = {"settings": options.settled(), "strategies": about, "environment": environment()}
     records.begin(options.out / RUN, run, "settings")
+    for name in (ROWS, PROBES):
+        records.read(options.out / name)  # of a run that goes on: refused where it is damaged
     Runner(options, strategies, prompts, tokenizer, config).run()
     return write_reports(options.out)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from ..checks import refuse_missing_file, refuse_unwritable_file
 from ..modeling import D2SDConfig, D2SDDrafterConfig
 from ..modeling.weights_d2sd import find_weights, read_header
 
@@ -60,6 +61,10 @@ def card(options: CardOptions) -> dict:
     Raises:
         ValueError: for a folder without a drafter, or a result file that is none.
     """
+    refuse_unwritable_file("--out", options.out, makes_folder=True)
+    refuse_missing_file("--details", options.details)
+    for file in options.results:
+        refuse_missing_file("--results", file)
     results = [read_results(file, options.strategy) for file in options.results]
     made = make_card(options, results)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from ..checks import refuse_unwritable_folder
 from ..drafting import draft_head
 from ..modeling import D2SDDrafterModel
 from ..modeling.formats_d2sd import DEFAULT_FORMAT, Format, TargetParts, format_named, written_formats
-from ..pairs import load_drafter
+from ..pairs import load_drafter, read_drafter_config, refuse_missing_folder
 
 _ENGINES = "; ".join(f"{format.name} for {format.engines}" for format in written_formats())
 
@@ -41,8 +42,13 @@ def export(options: ExportOptions) -> dict:
         ValueError: naming everything of the drafter that the format cannot say.
     """
     format = format_named(options.format)
+    refuse_unwritable_folder("--out", options.out)
+    for name in filter(None, (options.model, options.target)):
+        refuse_missing_folder(name)
+    if format.names_target and options.target is None:
+        raise ValueError(f"The format {format.name!r} names the target (its verifier): pass it as --target.")
+    _refuse(format, format.obstacles(read_drafter_config(options.model, options.role)))
     drafter = load_drafter(options.model, options.role)
-    _refuse(format, format.obstacles(drafter.config))
     target = None if options.target is None else _target_parts(options.target, drafter)
     written, tensors = format.write(drafter.config, drafter.state_dict(), target)
     written["dtype"] = str(drafter.dtype).removeprefix("torch.")

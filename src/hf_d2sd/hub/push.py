@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.utils import validate_repo_id
 
 from .. import modeling
 from ..modeling import D2SDAssistant, D2SDConfig, D2SDDrafterModel
@@ -43,6 +44,11 @@ def push(options: PushOptions) -> dict:
     Raises:
         ValueError: naming every file that does not belong there, or weights that are not the config's.
     """
+    validate_repo_id(options.repo)
+    if not options.dry_run and get_token() is None:
+        raise ValueError(
+            "There is no token to upload with: run `hf auth login`, or set HF_TOKEN; --dry_run needs none."
+        )
     files = checked_files(options.model)
     report = {"repo": options.repo, "files": {name: (options.model / name).stat().st_size for name in files}}
     if options.dry_run:

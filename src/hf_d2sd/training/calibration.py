@@ -3,7 +3,6 @@
 A temperature is kept where it helps on rows that it was not fitted on: with few rows most do not.
 """
 
-import importlib.util
 import itertools
 import json
 import math
@@ -19,11 +18,13 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..binding import bind
+from ..checks import refuse_missing_packages, refuse_unknown_dtype, refuse_unwritable_file
 from ..modeling import D2SDAssistant, D2SDDrafterModel
+from ..pairs import is_pair, refuse_missing_folder
 from .blocks import NO_LABEL, cut_blocks, draw_anchors, draw_prefix_lengths
 from .drafters import Trainee
 from .features import compute_features
-from .shards import Row, batched, read_rows
+from .shards import Row, batched, read_rows, refuse_missing_rows
 
 logger = logging.get_logger(__name__)
 
@@ -51,10 +52,35 @@ class CalibrateOptions:
         self.drafter = Path(self.drafter)
         self.data = [Path(folder) for folder in ([self.data] if isinstance(self.data, (str, Path)) else self.data)]
         self.plot = Path(self.plot) if self.plot is not None else None
-        if self.plot is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib, which is not installed: pip install 'hf-d2sd[train]'.")
-        if self.plot is not None and not self.plot.parent.is_dir():
-            raise ValueError(f"--plot is {self.plot}; there is no folder {self.plot.parent}.")
+        if self.held_out < 2 or self.anchors < 1 or self.rows < 1:
+            raise ValueError(
+                "held_out must be at least 2, anchors and rows at least 1; got "
+                f"{self.held_out}, {self.anchors} and {self.rows}."
+            )
+        refuse_unknown_dtype(self.dtype, "auto")
+        if self.plot is not None:
+            refuse_missing_packages("--plot", "train", "matplotlib")
+            refuse_unwritable_file("--plot", self.plot)
+            _refuse_unknown_picture(self.plot)
+
+    def check_places(self) -> None:
+        """Raises `ValueError` for folders without a drafter or rows."""
+        refuse_missing_folder(self.target)
+        if not (self.drafter / "config.json").is_file():
+            raise ValueError(f"{self.drafter} is no folder of a drafter, whose config.json is to be written anew.")
+        if is_pair(str(self.drafter)):
+            raise ValueError(f"{self.drafter} is a pair: calibrate its drafters, then join them by `hf-d2sd join`.")
+        refuse_missing_rows(self.data)
+
+
+def _refuse_unknown_picture(path: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise ValueError(
+            f"--plot is {path}, a kind of file that matplotlib does not write; it writes {', '.join(kinds)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -80,13 +106,14 @@ def calibrate(options: CalibrateOptions) -> dict:
     Raises:
         ValueError: if no row is held out, or the drafter does not fit the target.
     """
-    target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).eval().requires_grad_(False)
-    model = D2SDDrafterModel.from_pretrained(options.drafter, dtype=torch.float32).requires_grad_(False)
-    bind(D2SDAssistant.from_drafters(model), target, AutoTokenizer.from_pretrained(options.target))
+    options.check_places()
     rows = [row for row in read_rows(*options.data) if row.is_held_out(options.held_out) and row.response_length >= 2]
     if len(rows) < 2:
         folders = ", ".join(map(str, options.data))
         raise ValueError(f"{folders}: {len(rows)} held-out rows; two are needed. Lower --held_out.")
+    target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).eval().requires_grad_(False)
+    model = D2SDDrafterModel.from_pretrained(options.drafter, dtype=torch.float32).requires_grad_(False)
+    bind(D2SDAssistant.from_drafters(model), target, AutoTokenizer.from_pretrained(options.target))
     random.Random(options.seed).shuffle(rows)
     to_fit, to_measure = (gather(model, target, half, options) for half in (rows[::2], rows[1::2]))
     result = choose(to_fit, to_measure, model.config.block_size)

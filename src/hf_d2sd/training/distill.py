@@ -13,15 +13,26 @@ from pathlib import Path
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from .. import records
 from ..binding import tokenizer_fingerprint
+from ..checks import refuse_absent_device, refuse_missing_file, refuse_unknown_dtype, refuse_unwritable_folder
+from ..pairs import refuse_missing_folder
 from .chats import Chat, Talk, read_chats, require_datasets
 from .engines import ENGINES, make_engine
-from .shards import Row, batched, read_left_out, read_rows, read_shard, shard_paths, write_shard
+from .shards import (
+    Row,
+    batched,
+    read_left_out,
+    read_rows,
+    read_shard,
+    refuse_missing_rows,
+    shard_paths,
+    write_shard,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -106,6 +117,21 @@ class DistillOptions:
         if asked:
             raise ValueError(f"{', '.join(asked)}: of the chat template, which --raw leaves out. Drop one of them.")
         require_datasets(self.prompts)
+        refuse_unknown_dtype(self.dtype, "auto")
+        refuse_absent_device(self.device)
+        try:
+            self.template = json.loads(self.template_options)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--template_options is no JSON: {self.template_options!r} ({error}).") from error
+        if not isinstance(self.template, dict):
+            raise ValueError(f"--template_options is {self.template_options!r}; it must be a JSON object.")
+
+    def check_places(self) -> None:
+        """Raises `ValueError` for what is missing of files and folders, or in the way of the shards."""
+        refuse_missing_folder(self.target)
+        refuse_unwritable_folder("--out", self.out)
+        refuse_missing_file("--openings", self.openings)
+        refuse_missing_rows(map(Path, self.answered))
 
     @property
     def generation(self) -> dict:
@@ -121,6 +147,7 @@ def distill(options: DistillOptions) -> dict:
             other options.
     """
     started = time.monotonic()
+    options.check_places()
     unusable: Counter[str] = Counter()
     chats = read_chats(options.prompts, options.max_prompts, options.seed, options.raw, unusable)
     writer = Writer(options)
@@ -239,20 +266,43 @@ class Writer:
                 f"The tokenizer of {options.target} has no chat template. For a base model pass --raw, which takes "
                 "prompts as they are."
             )
-        self._template = functools.partial(
-            self.tokenizer.apply_chat_template, tokenize=False, **json.loads(options.template_options)
-        )
+        self._template = functools.partial(self.tokenizer.apply_chat_template, tokenize=False, **options.template)
         if not options.raw:
-            self._refuse_template_errors()
+            self._try_template()
+
+    def _try_template(self) -> None:
+        """Raises `ValueError` where it refuses the system message or the options, before the model is read."""
+        try:
+            around = self._render([{"role": "user", "content": _MARK}]).split(_MARK)
+        except Exception as error:  # whatever a template may raise
+            system = "--system and " if self.options.system else ""
+            raise ValueError(
+                f"The chat template of {self.options.target} refuses {system}a user's turn: {error}. "
+                f"--template_options is {self.options.template_options}."
+            ) from error
+        if (self.options.self_prompts or self.options.second_turns) and len(around) != 2:
+            raise ValueError(
+                f"The chat template of {self.options.target} does not show the user's words once, as they are: "
+                "--self_prompts and --second_turns cannot be written at it. Pass --prompts."
+            )
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """Read when it is first asked for: after all that can be wrong without it."""
+        options = self.options
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).to(device).eval()
+        with torch.inference_mode(False):  # weights that may be used outside of it too
+            return AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).to(device).eval()
+
+    @functools.cached_property
+    def eos(self) -> list[int]:
         eos = self.model.generation_config.eos_token_id
         eos = self.tokenizer.eos_token_id if eos is None else eos
-        self.eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        if self.tokenizer.pad_token is None:
-            self.tokenizer.pad_token_id = self.eos[0] if self.eos else 0
-        self._engine = make_engine(options.engine, self.model, options.slots)
-        self._ends = dict(eos_token_id=self.eos or None, pad_token_id=self.tokenizer.pad_token_id)
+        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+    @functools.cached_property
+    def _engine(self) -> Callable:
+        return make_engine(self.options.engine, self.model, self.options.slots)
 
     def _refuse_template_errors(self) -> None:
         """Where the template refuses the plainest chat, it would refuse all."""
@@ -368,7 +418,12 @@ class Writer:
 
     def _generate(self, prompts: list[list[int]], **options) -> list[Tensor]:
         """The response (R,) to each prompt, its end-of-sequence token included."""
-        return self._engine(prompts, {**options, **self._ends}) if prompts else []
+        if not prompts:
+            return []
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token_id = self.eos[0] if self.eos else 0
+        ends = dict(eos_token_id=self.eos or None, pad_token_id=self.tokenizer.pad_token_id)
+        return self._engine(prompts, {**options, **ends})
 
 
 def count(folder: Path) -> dict[str, int]:

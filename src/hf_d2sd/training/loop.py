@@ -150,7 +150,6 @@ class TrainingRun:
     # The run ---------------------------------------------------------------------------------------------------------
 
     def run(self) -> dict:
-        self.accelerator.init_trackers("hf-d2sd", config={k: str(v) for k, v in asdict(self.options).items()})
         measured = {}
         started = time.monotonic()
         for window in self._windows():
@@ -223,7 +222,7 @@ class TrainingRun:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.options.out / "checkpoint.safetensors"
+        return checkpoint_of(self.options)
 
     @property
     def _log_file(self) -> Path:
@@ -231,10 +230,8 @@ class TrainingRun:
 
     def _run_options(self) -> str:
         """What must be the same for a run to go on, as JSON."""
-        free = {"stop_after", *"out data target first init".split()}
-        free |= set("trackers save_every eval_rows features loss_chunk compile".split())
-        settings = {name: value for name, value in asdict(self.options).items() if name not in free}
-        return json.dumps({**settings, "training_rows": len(self.rows), "processes": self.accelerator.num_processes})
+        settings = _settings(self.options, self.accelerator.num_processes)
+        return json.dumps({**settings, "training_rows": len(self.rows)})
 
     def _trained_state(self) -> dict[str, Tensor]:
         """The model's state without the parameters that stay as they are."""
@@ -293,6 +290,29 @@ class TrainingRun:
     def _forget_log_after_checkpoint(self) -> None:
         kept = [line for line in records.read(self._log_file) if line["step"] <= self.step]
         records.write_lines(self._log_file, kept)
+
+
+def checkpoint_of(options: TrainOptions) -> Path:
+    return options.out / "checkpoint.safetensors"
+
+
+def _settings(options: TrainOptions, processes: int) -> dict:
+    """What must be the same for a run to go on, as far as the options tell."""
+    free = {"stop_after", *"out data target first init".split()}
+    free |= set("trackers save_every eval_rows features loss_chunk compile".split())
+    return {name: value for name, value in asdict(options).items() if name not in free} | {"processes": processes}
+
+
+def refuse_other_run(options: TrainOptions, processes: int) -> None:
+    """Compare with the checkpoint, if there is one, before anything is loaded.
+
+    Raises:
+        ValueError: if it is of a run with other options, naming what differs.
+    """
+    path = checkpoint_of(options)
+    if path.exists():
+        there = json.loads(read_metadata(path)["options"])
+        records.refuse_other_settings(there, json.loads(json.dumps(_settings(options, processes))), path)
 
 
 def _cut(row: Row, length: int) -> Row:

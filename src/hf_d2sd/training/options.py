@@ -6,7 +6,10 @@ from pathlib import Path
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 
+from ..checks import refuse_unknown_dtype, refuse_unwritable_folder
+from ..pairs import read_drafter_config, refuse_missing_folder
 from .losses import SCHEMES
+from .shards import refuse_missing_rows
 
 
 @dataclass
@@ -119,6 +122,11 @@ class TrainOptions:
                 "distill_top_k must be at least 0 and distill_weight between 0 and 1; got "
                 f"{self.distill_top_k} and {self.distill_weight}."
             )
+        refuse_unknown_dtype(self.dtype, "auto")
+        unknown = set(self.trackers) - {str(kind) for kind in LoggerType}
+        if unknown:
+            known = ", ".join(sorted(str(kind) for kind in LoggerType))
+            raise ValueError(f"Unsupported logging capability: {', '.join(sorted(unknown))}. trackers are {known}.")
         installed = {str(kind) for kind in get_available_trackers()}
         absent = ({str(kind) for kind in LoggerType} - {"all"} - installed) & set(self.trackers)
         if absent:
@@ -139,3 +147,19 @@ class TrainOptions:
             self.on_policy = 0.0
         if self.tau is None:
             self.tau = 7.0 if self.block_size >= 16 else 5.0 if self.block_size >= 10 else 4.0
+
+    def check_places(self) -> None:
+        """Look at all that a run reads and writes, without weights.
+
+        Raises:
+            ValueError: for folders without rows, drafters that are not there, or what is in the way of the run.
+        """
+        for name in (self.target, self.first, self.init):
+            if name is not None:
+                refuse_missing_folder(name)
+        refuse_missing_rows(self.data)
+        refuse_unwritable_folder("--out", self.out)
+        if self.role == "second" and self.first is not None:
+            read_drafter_config(self.first, "first")
+        if self.init is not None:
+            read_drafter_config(self.init, self.role)

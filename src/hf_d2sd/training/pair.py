@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..checks import refuse_unknown_dtype, refuse_unwritable_folder
 from ..modeling import D2SDAssistant
 from ..options import command_fields, pair_options
+from ..pairs import refuse_missing_folder
 
 if TYPE_CHECKING:
     DefaultFields = Any
@@ -25,6 +27,10 @@ class JoinOptions(DefaultFields):
 
 
 def join(options: JoinOptions) -> dict[str, int]:
+    refuse_unknown_dtype(options.dtype)
+    refuse_unwritable_folder("--out", options.out)
+    for name in filter(None, (options.first, options.second)):
+        refuse_missing_folder(name)
     assistant = D2SDAssistant.from_drafters(
         options.first,
         options.second,

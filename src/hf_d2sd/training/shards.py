@@ -82,6 +82,13 @@ def read_shard(path: Path) -> list[Row]:
     return list(map(Row, tensors["tokens"].long().split(lengths), prompt_lengths))
 
 
+def refuse_missing_rows(folders: Iterable[Path]) -> None:
+    """The same error as that of `read_rows` for folders without shards, before anything is read."""
+    for folder in folders:
+        if not shard_paths(folder):
+            raise ValueError(f"{folder} has no rows: write them with `hf-d2sd distill --out {folder}`.")
+
+
 def read_rows(*folders: Path) -> list[Row]:
     """The rows of all shards of all folders.
 

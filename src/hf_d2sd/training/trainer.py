@@ -26,7 +26,7 @@ from .features import (
     compute_teacher,
     read_placed_rows,
 )
-from .loop import TrainingRun
+from .loop import TrainingRun, refuse_other_run
 from .options import TrainOptions
 from .shards import Row, read_rows
 
@@ -50,17 +50,24 @@ def train(options: TrainOptions) -> dict:
         ValueError: for rows that are missing or damaged, or options that do not fit the target or the run.
         FloatingPointError: for a loss that is not finite; the last checkpoint is kept.
     """
+    options.check_places()
     accelerator = Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.accumulation,
         log_with=options.trackers or None,
         project_dir=options.out,
     )
+    if options.attention == "flex_attention" and accelerator.device.type != "cuda":
+        raise ValueError(f"--attention flex_attention needs CUDA; the device is {accelerator.device}. Leave it out.")
+    tokenizer = AutoTokenizer.from_pretrained(options.target)
+    _mask_token_id(options, tokenizer, None)  # refused where it is no token
+    refuse_other_run(options, accelerator.num_processes)
     options.out.mkdir(parents=True, exist_ok=True)
+    accelerator.init_trackers("hf-d2sd", config={k: str(v) for k, v in dataclasses.asdict(options).items()})
     target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).eval().requires_grad_(False)
     target.to(accelerator.device)
     kind = {"lm": DraftLMRun, "both": PairRun}.get(options.role, DrafterRun)
-    run = kind(options, target, AutoTokenizer.from_pretrained(options.target), accelerator)
+    run = kind(options, target, tokenizer, accelerator)
     run.load()
     return run.run()
 
