@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .compat import embedding_scale, is_stateful
+from .compat import embedding_scale, has_several_streams, is_stateful
 from .modeling import D2SDAssistant, D2SDDrafterConfig
 
 
@@ -36,6 +36,9 @@ def unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[str
         ),
         "output_attentions is on, which a tree does not give": (
             config.output_attentions and config.return_dict_in_generate
+        ),
+        f"output_hidden_states is on, and {name} has several for each token and layer": (
+            config.output_hidden_states and config.return_dict_in_generate and has_several_streams(target)
         ),
         "assistant_tokenizer was passed, and drafters share the target's tokenizer": (
             "assistant_tokenizer" in mode_kwargs

@@ -6,6 +6,7 @@ What the networks need of it is in `modeling.compat_d2sd`, which Hub repositorie
 import contextlib
 import copy
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -137,7 +138,14 @@ def read_text(target, tokens: Tensor, layer_ids: Iterable[int]) -> tuple[Tensor,
 
 
 def _embeddings_first(hidden_states: tuple[Tensor | None, ...], selected: bool) -> tuple[Tensor | None, ...]:
+    if selected:  # where layers hand out several streams (S, B, T, H), drafters read the one that is predicted with
+        hidden_states = tuple(one[0] if one is not None and one.ndim == 4 else one for one in hidden_states)
     return hidden_states if _EMBEDDINGS_COUNT or not selected else (None, *hidden_states)
+
+
+def has_several_streams(target) -> bool:
+    """Whether a layer's output is not one state a token (B, T, H) but several, (S, B, T, H)."""
+    return getattr(target.config.get_text_config(decoder=True), "altup_num_inputs", 1) > 1
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -165,6 +173,21 @@ def without_embed_norm(embed: nn.Module) -> nn.Module:
 def embedding_scale(embed: nn.Module) -> float | Tensor:
     """What a module multiplies its embeddings by."""
     return getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0))
+
+
+def is_quantized(model) -> bool:
+    """Whether weights are not plain floating-point numbers."""
+    plain = (torch.Tensor, nn.Parameter)
+    return getattr(model, "is_quantized", False) or any(
+        type(p) not in plain or type(p.data) not in plain or not p.is_floating_point() for p in model.parameters()
+    )
+
+
+def eagerly():
+    """Within, what was compiled runs as it was written: a pass of its own shape costs no compilation."""
+    if "torch._dynamo" not in sys.modules:  # nothing is, and to import it takes a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -236,9 +259,47 @@ def compiled_everywhere() -> CompileConfig:
 # Caches --------------------------------------------------------------------------------------------------------------
 
 
+NO_CACHE = "dummy"  # the type of layers without keys and values: of experts alone, or of another layer's
+
+
 def layer_types_of(config) -> tuple[list[str], list[dict]]:
-    """Of a decoder's layers the types, by Transformers' names, and what their caches are made with."""
-    return get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    """Of a decoder's cached layers the types, by Transformers' names, and what their caches are made with.
+
+    Layers at the end that attend to another layer's keys and values are of its type, or left out.
+    """
+    text = config.get_text_config(decoder=True)
+    types, options = get_layer_types_and_kwargs(text)
+    attended = _attention_types(text, types)
+    return attended[: len(types)], options
+
+
+def attention_types_of(config) -> list[str]:
+    """Of all layers of a decoder the types, by Transformers' names."""
+    text = config.get_text_config(decoder=True)
+    return _attention_types(text, get_layer_types_and_kwargs(text)[0])
+
+
+def _attention_types(text, types: list[str]) -> list[str]:
+    """Those that share keys and values have lost their own type, or until 5.23 their place."""
+    own = getattr(text, "layer_types", None) if _shares_keys(text) else None
+    return types if own is None else list(own)
+
+
+def _shares_keys(text) -> bool:
+    return bool(getattr(text, "num_kv_shared_layers", 0))
+
+
+def is_without_cache(layer) -> bool:
+    """Whether a layer of a cache holds nothing by design."""
+    return type(layer).__name__ == "DummyLayer"  # which came with 5.21
+
+
+def head_sizes(config) -> set[int]:
+    """The sizes of a decoder's heads: some have other ones in layers of another type."""
+    layers = config.get_text_config(decoder=True).per_layer_config
+    return {
+        getattr(one, "head_dim", None) or one.hidden_size // getattr(one, "num_attention_heads", 1) for one in layers
+    }
 
 
 # Logits processors ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,320 @@
+"""Every causal LM of Transformers, tiny and random: does D²SD write what plain `generate` writes?
+
+    python benchmarks/targets.py [TYPE ...] [--out docs/targets.md]
+
+A model of each type in `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` is built from a small config and decodes greedily in float32,
+with drafts that are often right: narrow and wide trees, one sequence and several, a sliding window that is smaller
+than the text. The verdict is one of
+
+* equal: each of these texts is plain decoding's;
+* refused: a ValueError that names the model, before anything was decoded;
+* not built: there is no such model here, or none that decodes text alone;
+* CRASH or DIFFERS: a defect. The command exits with 1.
+
+Needs nothing from the Hub. Each type runs in a process of its own with a limit of time and memory.
+"""
+
+import argparse
+import contextlib
+import inspect
+import logging
+import multiprocessing
+import re
+import resource
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers as tf
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
+from hf_d2sd.candidates import Draft
+from hf_d2sd.drafting import Drafter
+
+TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+VOCAB, LAYERS, WINDOW = 24, 4, 10
+PROMPT, NEW_TOKENS, ROWS = 14, 24, 3
+SECONDS, GIGABYTES, PARAMETERS = 120, 6, 3_000_000
+
+# The same size has many names; a config is given those that it knows.
+SIZES = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.5, sliding_window=WINDOW,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None, tie_word_embeddings=False,
+    is_decoder=True,
+    # of older models
+    n_embd=32, n_layer=LAYERS, n_head=4, n_positions=512, n_inner=48, n_ctx=512, ffn_dim=48, d_model=32,
+    num_layers=LAYERS, num_heads=4, ffn_hidden_size=48, word_embed_proj_dim=32, rotary_dim=8, n_heads=4, n_layers=LAYERS,
+    max_seq_len=512, decoder_layers=LAYERS, decoder_attention_heads=4, decoder_ffn_dim=48, init_std=0.5,
+    embedding_size=32, attn_pdrop=0.0, init_range=0.5, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0,
+    # of experts
+    num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, n_group=1,
+    topk_group=1, n_shared_experts=1, first_k_dense_replace=1, shared_expert_intermediate_size=24,
+    moe_num_experts=4, moe_topk=2, num_experts_per_token=2, moe_k=2, decoder_sparse_step=1,
+    # of latent attention
+    kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, qk_head_dim=16,
+    # of recurrent layers
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    # of embeddings for each layer
+    vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_kv_shared_layers=2, global_head_dim=16,
+    num_global_key_value_heads=1,
+)  # fmt: skip
+_ALTERNATING = dict(layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2))
+
+# What a type needs beside or instead; `None` takes a size away, so that the config has its own.
+OWN: dict[str, dict] = {
+    "gemma4_text": _ALTERNATING,
+    "gemma3n_text": {**_ALTERNATING, "intermediate_size": [48] * LAYERS, "activation_sparsity_pattern": [0.0] * LAYERS,
+                     "laurel_rank": 4},
+}  # fmt: skip
+
+
+class NotBuilt(Exception):
+    """There is no tiny model of a type; says why."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one type."""
+
+    kind: str
+    name: str  # of the class
+    verdict: str  # equal, refused, not built, CRASH, DIFFERS
+    words: str  # why, or by which attention
+
+
+def tiny_target(kind: str, seed: int = 1, **changes):
+    """A random model of a type, in which no weight is a constant.
+
+    Raises:
+        NotBuilt: with the reason.
+    """
+    config = _tiny_config(kind, changes)
+    try:
+        model_class = getattr(tf, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in model_class(config).parameters())
+        if size > PARAMETERS:
+            raise NotBuilt(f"the tiny config makes {size:,} parameters")
+        torch.manual_seed(seed)
+        model = model_class(config).float().eval()
+    except (ImportError, AttributeError) as error:
+        raise NotBuilt(_brief(error)) from error
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter)
+        parameter.data = parameter.data + 0.1 * noise if parameter.ndim == 1 else 0.5 * noise
+    model.generation_config = tf.GenerationConfig()
+    return model
+
+
+def _tiny_config(kind: str, changes: dict):
+    config_class = tf.CONFIG_MAPPING[kind]
+    known = set(inspect.signature(config_class.__init__).parameters)
+    known |= {name for base in config_class.__mro__ for name in getattr(base, "__annotations__", {})}
+    known |= set(getattr(config_class, "attribute_map", {}))
+    if "text_config" in known and not {"num_hidden_layers", "n_layer", "num_layers", "hidden_size"} & known:
+        raise NotBuilt("its config is of several models")
+    sizes = {name: value for name, value in SIZES.items() if name in known}
+    mapped = getattr(config_class, "attribute_map", {})
+    sizes = {name: value for name, value in sizes.items() if mapped.get(name) not in sizes}
+    if "kv_lora_rank" in known and "num_key_value_heads" in known:
+        sizes["num_key_value_heads"] = 4  # of latent attention each head has its own
+    sizes |= OWN.get(kind, {}) | changes
+    return config_class(**{name: value for name, value in sizes.items() if value is not DEFAULT})
+
+
+DEFAULT = object()
+
+
+def tiny_drafter(model, seed: int) -> D2SDDrafterModel:
+    text = model.config.get_text_config(decoder=True)
+    torch.manual_seed(seed)
+    sizes = dict(intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    config = D2SDDrafterConfig(
+        vocab_size=text.vocab_size, hidden_size=text.hidden_size, num_target_layers=text.num_hidden_layers,
+        target_layer_ids=[0, text.num_hidden_layers // 2], block_size=6, mask_token_id=1, initializer_range=0.5, **sizes,
+    )  # fmt: skip
+    return D2SDDrafterModel(config).eval()
+
+
+@contextlib.contextmanager
+def drafts_often_right(sequences: list[torch.Tensor], accuracy: float, seed: int = 0) -> Iterator[None]:
+    """Within, this share of what drafters draft is how each row's sequence goes on; the networks still run."""
+    stock, stock_select = Drafter._denoise, Drafter.select
+    generator, rows = torch.Generator().manual_seed(seed), {}  # by drafter, which are still in the batch
+    padded = [torch.nn.functional.pad(sequence, (0, 64), value=2) for sequence in sequences]
+
+    def corrected(drafter: Drafter, *args) -> Draft:
+        draft = stock(drafter, *args)
+        places = zip(rows.get(drafter, range(len(sequences))), drafter.context.positions, strict=True)
+        truth = torch.stack([padded[row][at + 1 : at + 1 + draft.depth] for row, at in places])
+        right = torch.rand(draft.best.shape, generator=generator) < accuracy
+        confidence = torch.rand(draft.best.shape, generator=generator).clamp(0.05, 0.99)
+        tokens, width = torch.where(right, truth[:, None], draft.best), torch.arange(draft.tokens.shape[-1])
+        likely = confidence[..., None] / 10.0**width  # the others are other tokens, and less likely
+        return Draft((tokens[..., None] + width) % VOCAB, likely, likely.log(), draft.kept)
+
+    def select(drafter: Drafter, staying: list[int]) -> None:
+        stock_select(drafter, staying)
+        before = rows.get(drafter, range(len(sequences)))
+        rows[drafter] = [before[at] for at in staying]
+
+    Drafter._denoise, Drafter.select = corrected, select
+    try:
+        yield
+    finally:
+        Drafter._denoise, Drafter.select = stock, stock_select
+
+
+CASES = (
+    dict(d2sd_num_branches=3, d2sd_tree_budget=12),
+    dict(d2sd_num_branches=3, d2sd_tree_budget=64),
+    dict(d2sd_num_branches=2, d2sd_tree_budget=32, d2sd_tree_width=2),
+)  # fmt: skip
+
+
+def verdict_of(kind: str, shows_where: bool = False) -> Verdict:
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    try:
+        model = tiny_target(kind)
+        truths, pair = _plain_texts(model), _pair_for(model)
+    except NotBuilt as reason:
+        return Verdict(kind, name, "not built", str(reason))
+    except Exception as error:  # whatever a model does that was made from a config that may not suit it
+        if shows_where:
+            traceback.print_exc()
+        return Verdict(kind, name, "not built", _brief(error))
+    try:
+        wrong, tokens_a_cycle = _texts_that_differ(model, pair, truths)
+    except Exception as error:
+        if shows_where:
+            traceback.print_exc()
+        is_refusal = isinstance(error, ValueError) and _is_named(model, str(error))
+        return Verdict(kind, name, "refused" if is_refusal else "CRASH", _brief(error))
+    if wrong:
+        return Verdict(kind, name, "DIFFERS", ", ".join(wrong))
+    if tokens_a_cycle < 1.2:
+        return Verdict(kind, name, "DIFFERS", f"{tokens_a_cycle:.2f} tokens a cycle: drafts were hardly ever accepted")
+    return Verdict(kind, name, "equal", pair.attention_backend)
+
+
+def _plain_texts(model) -> list[torch.Tensor]:
+    """Prompts of several lengths, each with its plain continuation."""
+    vocab = min(model.config.get_text_config(decoder=True).vocab_size, VOCAB)
+    generator, texts = torch.Generator().manual_seed(3), []
+    for row in range(ROWS):
+        ids = torch.randint(2, vocab - 2, (1, PROMPT - 5 * row), generator=generator)
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)[0]
+        if len(text) != ids.shape[1] + NEW_TOKENS:
+            raise NotBuilt("plain generate does not go on from a text")
+        texts.append(text)
+    if len({token for text in texts for token in text[-NEW_TOKENS:].tolist()}) < 4:
+        raise NotBuilt("the random model writes next to nothing but one token: no test")
+    return texts
+
+
+GREEDY = dict(do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+
+
+def _pair_for(model) -> D2SDAssistant:
+    return D2SDAssistant.from_drafters(tiny_drafter(model, 0), tiny_drafter(model, 1))
+
+
+def _texts_that_differ(model, pair: D2SDAssistant, truths: list[torch.Tensor]) -> tuple[list[str], float]:
+    """The cases in which a text is not plain decoding's, and how many tokens a cycle gave."""
+    wrong, cycles, tokens = [], 0, 0
+    width = len(truths[0])
+    batch = torch.stack([torch.nn.functional.pad(text, (width - len(text), 0)) for text in truths])[:, :-NEW_TOKENS]
+    lengths = torch.tensor([len(text) - NEW_TOKENS for text in truths])
+    mask = (torch.arange(batch.shape[1]) >= batch.shape[1] - lengths[:, None]).long()
+    for number, case in enumerate(CASES):
+        for rows in (1, ROWS):
+            with drafts_often_right(truths[:rows], 0.8, seed=number):
+                ours = model.generate(
+                    batch[:rows], attention_mask=mask[:rows], assistant_model=pair, **GREEDY, **case
+                )
+            if [row[-NEW_TOKENS:].tolist() for row in ours] != [row[-NEW_TOKENS:].tolist() for row in truths[:rows]]:
+                wrong.append(f"{rows} row{'s' * (rows > 1)} with {_in_words(case)}")
+            cycles, tokens = cycles + pair.last_stats.cycles * rows, tokens + pair.last_stats.new_tokens
+    return wrong, tokens / cycles
+
+
+def _in_words(case: dict) -> str:
+    return ", ".join(f"{name.removeprefix('d2sd_')} {value}" for name, value in case.items())
+
+
+def _is_named(model, message: str) -> bool:
+    """Whether a message says which model it speaks of."""
+    text = model.config.get_text_config(decoder=True)
+    return any(type(one).__name__ in message for one in (model, text))
+
+
+def _brief(error: BaseException) -> str:
+    message = str(error) if isinstance(error, (ValueError, NotBuilt)) else f"{type(error).__name__}: {error}"
+    return re.sub(r"\s+", " ", message)[:400]
+
+
+# All types, each in its own process ----------------------------------------------------------------------------------
+
+
+def run_all(kinds: list[str], jobs: int = 1) -> Iterator[Verdict]:
+    """The verdicts of these types, in their order."""
+    context = multiprocessing.get_context("fork")
+    waiting, running, done = list(kinds), {}, {}
+    for kind in kinds:
+        while kind not in done:
+            while waiting and len(running) < jobs:
+                started = waiting.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_in_process, args=(started, sender))
+                process.start()
+                sender.close()
+                running[started] = process, receiver
+            first, (process, receiver) = next(iter(running.items()))
+            done[first] = _outcome(first, process, receiver)
+            del running[first]
+        yield done[kind]
+
+
+def _outcome(kind: str, process, receiver) -> Verdict:
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]
+    words = f"no answer within {SECONDS} s"
+    if receiver.poll(SECONDS):
+        with contextlib.suppress(EOFError):
+            return receiver.recv()
+        words = "its process ended"
+    process.kill()
+    process.join()
+    return Verdict(kind, name, "CRASH", words)
+
+
+def _in_process(kind: str, sender) -> None:
+    torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
+    sender.send(verdict_of(kind))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="model types; all by default")
+    parser.add_argument("--out", type=Path, help="write the table here")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
+    parser.add_argument("--trace", action="store_true", help="run in this process, and show where a defect was raised")
+    args = parser.parse_args(arguments)
+    logging.disable(logging.WARNING)
+    verdicts = []
+    for verdict in (verdict_of(kind, True) for kind in args.types) if args.trace else run_all(args.types or TYPES, args.jobs):
+        verdicts.append(verdict)
+        print(f"{verdict.kind}: {verdict.verdict}: {verdict.words}", flush=True)
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    print(", ".join(f"{count} {name}" for name, count in counts.most_common()))
+    return int(bool({"CRASH", "DIFFERS"} & set(counts)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
