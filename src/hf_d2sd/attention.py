@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .cache import Place, TreeCache, TreeLayer, layer_windows
-from .compat import attention_types_of, attention_within, current_plan, register_attention
+from .compat import attention_types_of, attention_within, biases_by_position, current_plan, register_attention
 from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Scoring, tokens_of
 from .tree import CandidateTree, Chains
 
@@ -253,6 +253,7 @@ class TreeAttention:
     text_config: object
     layer_types: list[str]  # of every layer, those without a cache of their own included
     kernel: Kernel | None = None  # of a cascade; `None`: masks
+    by_position: bool = False  # whether the model adds a bias by the positions of keys
     causal_types: frozenset[str] = frozenset()  # layer types in which also the nodes of a block see none behind them
 
     @classmethod
@@ -275,14 +276,21 @@ class TreeAttention:
         text_config = model.config.get_text_config(decoder=True)
         causal_types = frozenset((model.config.causal_layer_types or ()) if two_sided else ())
         types = attention_types_of(model.config)
-        return cls(backend, reason, NAME if kernel else backend, windows, text_config, types, kernel, causal_types)
+        by_position = biases_by_position(model)
+        name = NAME if kernel else backend
+        return cls(backend, reason, name, windows, text_config, types, kernel, by_position, causal_types)
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
 
-    def active(self, plan: object = None):
-        """Within, the forwards of this thread use this attention; every other thread's and later ones their own."""
-        return attention_within(self.implementation, plan)
+    def active(self, plan: object = None, nodes: Nodes | None = None, places: dict[str, Place] | None = None):
+        """Within, the forwards of this thread use this attention; every other thread's and later ones their own.
+
+        Args:
+            nodes: of a target's pass, and `places`, by layer type, where they are going to stand.
+        """
+        positions = _key_positions(nodes, *places.values()) if self.by_position and nodes and places else None
+        return attention_within(self.implementation, plan, positions)
 
     def prepare(
         self, nodes: Nodes, cache: TreeCache, places: dict[str, Place], dtype
@@ -324,6 +332,13 @@ class TreeAttention:
         masks = self.masks(prepared)
         by_type = getattr(self.text_config, "layer_types", None) is not None  # as `create_masks_for_generate` decides
         return masks if by_type else next(iter(masks.values()))
+
+
+def _key_positions(nodes: Nodes, place: Place) -> Tensor:
+    """(B, keys): of each key of a layer the position after its row's first, of nodes that of their depth."""
+    lengths = torch.tensor(place.lengths, device=nodes.depths.device)[:, None]
+    stored = torch.arange(place.start, device=lengths.device).expand(len(lengths), -1)
+    return torch.cat([stored, lengths + nodes.depths], dim=1)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -197,6 +197,11 @@ def register_attention(name: str, attend: Callable) -> None:
     AttentionInterface.register(name, attend)
 
 
+def decoder_of(model):
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return model if decoder is None else decoder
+
+
 def attention_of(config) -> str:
     """The name of the attention implementation of a model with this config."""
     return config._attn_implementation or "eager"
@@ -211,20 +216,21 @@ class _Running(threading.local):
 
     implementation: str | None = None
     plan: object = None
+    key_positions: Tensor | None = None  # (B, keys), for models that add a bias by them
 
 
 _running = _Running()
 
 
 @contextlib.contextmanager
-def attention_within(implementation: str, plan: object) -> Iterator[None]:
+def attention_within(implementation: str, plan: object, key_positions: Tensor | None = None) -> Iterator[None]:
     """Within, in this thread alone, models attend by the implementation of that name. Nothing of theirs changes."""
-    before = _running.implementation, _running.plan
-    _running.implementation, _running.plan = implementation, plan
+    before = _running.implementation, _running.plan, _running.key_positions
+    _running.implementation, _running.plan, _running.key_positions = implementation, plan, key_positions
     try:
         yield
     finally:
-        _running.implementation, _running.plan = before
+        _running.implementation, _running.plan, _running.key_positions = before
 
 
 def current_plan() -> Any:
@@ -239,6 +245,35 @@ def _get_interface(stock, interface, attn_implementation: str, default: Callable
 
 
 _wrap(AttentionInterface, "get_interface", _get_interface)
+
+
+def biases_by_position(model) -> bool:
+    """Whether a model adds a bias by the position of each key (ALiBi), which passes then have to say.
+
+    Raises:
+        ValueError: where there is no way to say it.
+    """
+    decoder = decoder_of(model)
+    if getattr(decoder, "build_mpt_alibi_tensor", None) is not None or getattr(decoder, "use_alibi", False):
+        raise ValueError(
+            f"{type(model).__name__} adds a bias by the order of the keys (ALiBi) and takes no positions, so that it "
+            "cannot verify a tree of candidates. Generate without assistant_model."
+        )
+    if getattr(decoder, "build_alibi_tensor", None) is None:
+        return False
+    _wrap(type(decoder), "build_alibi_tensor", _alibi_by_position)
+    return True
+
+
+def _alibi_by_position(stock: Callable, decoder, attention_mask: Tensor, *args, **kwargs) -> Tensor:
+    """(B * heads, 1, keys), as stock builds it for keys in their order, of keys at the positions of this pass."""
+    positions = _running.key_positions
+    if positions is None:
+        return stock(decoder, attention_mask, *args, **kwargs)
+    rows, keys = positions.shape
+    positions = positions.to(attention_mask.device)
+    in_order = stock(decoder, torch.ones_like(positions), *args, **kwargs).view(rows, -1, 1, keys)
+    return in_order.gather(3, positions[:, None, None].expand_as(in_order)).view(-1, 1, keys)
 
 
 def takes_attention_functions(decoder) -> bool:

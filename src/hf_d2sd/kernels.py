@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compat import attention_of, has_sdpa, head_sizes, takes_attention_functions
+from .compat import attention_of, decoder_of, has_sdpa, head_sizes, takes_attention_functions
 
 HUB_KERNEL = "kernels-community/flash-attn2"
 
@@ -32,8 +32,7 @@ class Facts:
     @classmethod
     def of(cls, model) -> "Facts":
         config = model.config.get_text_config(decoder=True)
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        decoder = decoder if decoder is not None else model
+        decoder = decoder_of(model)
         device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
         return cls(
             device=device,
