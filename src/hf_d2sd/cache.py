@@ -347,6 +347,12 @@ def check_supported(config, cache: Cache) -> None:
         ValueError: for anything but a plain `DynamicCache` with layers for `config`.
     """
     windows = _windows(config)
+    if cache is None:
+        name = type(config.get_text_config(decoder=True)).__name__
+        raise ValueError(
+            f"A model of {name} keeps no keys and values in a cache, and a tree is checked after those of its prefix. "
+            "Generate without assistant_model."
+        )
     offloaded = getattr(cache, "offloading", False)
     if type(cache) is not DynamicCache or offloaded:
         kind = f"{'an offloaded ' if offloaded else ''}{type(cache).__name__}"

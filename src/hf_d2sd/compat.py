@@ -6,6 +6,7 @@ What the networks need of it is in `modeling.compat_d2sd`, which Hub repositorie
 import contextlib
 import copy
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -107,6 +108,12 @@ def prompt_inputs(model, input_ids: Tensor, size: int, cache: Cache, model_kwarg
     """What a forward takes for the last `size` tokens of a prompt, as `generate` would make it."""
     kwargs = {**model_kwargs, CACHE_NAME: cache}
     return model.prepare_inputs_for_generation(input_ids, next_sequence_length=size, is_first_iteration=True, **kwargs)
+
+
+def plain_positions(model, tokens: Tensor) -> dict[str, Tensor]:
+    """What `generate` tells a forward of the positions of whole texts (B, L), where it can be told."""
+    takes_them = "position_ids" in inspect.signature(model.forward).parameters
+    return {"position_ids": torch.arange(tokens.shape[1], device=tokens.device)[None]} if takes_them else {}
 
 
 def with_logits_of(model_kwargs: dict, columns: Tensor) -> dict:

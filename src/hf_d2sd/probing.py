@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .attention import TreeAttention
 from .cache import TreeCache
-from .compat import captured_layers, eagerly, forward, is_quantized, prompt_inputs
+from .compat import captured_layers, eagerly, forward, is_quantized, plain_positions, prompt_inputs
 from .kernels import Facts
 from .target import Target
 from .tree import CandidateTree
@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 # By which share of their own spread a node's logits may differ between two passes. Rounding grows with a network's depth;
 # wrong positions, or a mask that is not kept, make other logits altogether.
-_FINE, _COARSE, _QUANTIZED = 0.01, 0.15, 0.25  # from float32 on; below; of quantized weights
+_FINE, _COARSE, _QUANTIZED = 0.01, 0.1, 0.2  # from float32 on; below; of quantized weights
 _known: dict[tuple, str | None] = {}  # what was found, by what it depends on
 _seen: "weakref.WeakKeyDictionary[object, dict]" = weakref.WeakKeyDictionary()  # the same by model, found faster
 
@@ -109,7 +109,8 @@ def _both_ways(model, attention: TreeAttention, ids: Tensor) -> tuple[Tensor, Te
     ids = ids.to(target.device)
     branches = ids[_PREFIX + 1 :].view(_BRANCHES, _DEPTH)
     texts = torch.cat([ids[: _PREFIX + 1].expand(_BRANCHES, -1), branches], dim=1)
-    inputs = prompt_inputs(model, texts, texts.shape[1], cache, {"use_cache": True})
+    kwargs = {"use_cache": True, **plain_positions(model, texts)}
+    inputs = prompt_inputs(model, texts, texts.shape[1], cache, kwargs)
     plain, layers = forward(model, inputs, captured_layers([0]))
     if layers is None or len(layers) < 2 or layers[1] is None:
         raise ValueError("it does not hand out the outputs of its layers")
