@@ -68,7 +68,6 @@ _ALTERNATING = dict(layer_types=["sliding_attention", "full_attention"] * (LAYER
 
 # What a type needs beside or instead; with `DEFAULT` its config has its own.
 DEFAULT = object()
-INSIDE = ("text_config", "vision_config", "audio_config")
 OWN: dict[str, dict] = {
     "bailing_hybrid": dict(layer_group_size=2),
     "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1, 3]),
@@ -88,6 +87,7 @@ OWN: dict[str, dict] = {
     "modernbert-decoder": dict(global_attn_every_n_layers=2, local_attention=2 * WINDOW),
     "prophetnet": dict(num_decoder_layers=LAYERS, num_encoder_layers=1, num_decoder_attention_heads=4,
                        num_encoder_attention_heads=4, decoder_ffn_dim=48, pad_token_id=0),
+    "rembert": dict(input_embedding_size=32, output_embedding_size=32),
     "xlm": dict(causal=True, pad_index=0, n_langs=1),
     "xmod": dict(languages=["en"], default_language="en"),
     "zaya": dict(num_experts_per_tok=1),
@@ -128,6 +128,8 @@ def tiny_target(kind: str, seed: int = 1, **changes):
     if model_class is None:
         raise NotBuilt("this release of Transformers has no such class")
     config = tiny_config(tf.CONFIG_MAPPING[kind], {**OWN.get(kind, {}), **changes})
+    if not isinstance(config, model_class.config_class):  # the mapping's models of text alone
+        config = config.get_text_config(decoder=True)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in model_class(config).parameters())
     if size > PARAMETERS:
@@ -150,10 +152,10 @@ def tiny_config(config_class: type, changes: dict):
     sizes = {name: value for name, value in sizes.items() if mapped.get(name) not in sizes}
     if "kv_lora_rank" in known and "num_key_value_heads" in known:
         sizes["num_key_value_heads"] = 4  # of latent attention each head has its own
-    sizes |= {name: value for name, value in changes.items() if not isinstance(value, dict) or name not in INSIDE}
+    sizes |= {name: value for name, value in changes.items() if name not in getattr(config_class, "sub_configs", {})}
     for name, inside in getattr(config_class, "sub_configs", {}).items():
-        if hasattr(inside, "model_type") and name not in sizes:
-            sizes[name] = tiny_config(inside, changes.get(name, {}))
+        if name not in sizes:
+            sizes[name] = tiny_config(inside, changes.get(name, {})) if inside is not tf.AutoConfig else changes[name]
     try:
         return config_class(**{name: value for name, value in sizes.items() if value is not DEFAULT})
     except Exception as error:

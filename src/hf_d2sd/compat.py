@@ -254,6 +254,13 @@ def _get_interface(stock, interface, attn_implementation: str, default: Callable
 _wrap(AttentionInterface, "get_interface", _get_interface)
 
 
+def own_window(model) -> str | None:
+    """In words, a window that layers lay over the keys by their order, and that no cache or mask knows of."""
+    if "local" in (getattr(model.config.get_text_config(decoder=True), "attention_layers", None) or []):
+        return "its local layers count their window by the order of the keys, and nodes stand beside each other"
+    return None
+
+
 def biases_by_position(model) -> bool:
     """Whether a model adds a bias by the position of each key (ALiBi), which passes then have to say.
 

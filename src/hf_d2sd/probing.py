@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .attention import TreeAttention
 from .cache import TreeCache
-from .compat import captured_layers, eagerly, forward, is_quantized, plain_positions, prompt_inputs
+from .compat import captured_layers, eagerly, forward, is_quantized, own_window, plain_positions, prompt_inputs
 from .kernels import Facts
 from .target import Target
 from .tree import CandidateTree
@@ -37,7 +37,7 @@ def attention_for(model, forced: str | None = None) -> TreeAttention:
         ValueError: naming the model, where trees cannot be verified; and as `TreeAttention.for_model`.
     """
     attention = TreeAttention.for_model(model, forced)
-    why = _fault(model, attention)
+    why = own_window(model) or _fault(model, attention)
     if why is not None and forced is None and attention.kernel is not None:
         masked = TreeAttention.for_model(model, obstacle=f"{type(model).__name__} reads its mask itself")
         if _fault(model, masked) is None:
@@ -105,24 +105,36 @@ def _tolerance(model) -> tuple[bool, float]:
 def _both_ways(model, attention: TreeAttention, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Of a small tree's nodes the logits (N, V), in float32 on the host: as plain text, and verified as a tree."""
     cache = TreeCache(model.config)
-    target = Target(model, cache, {0}, _BRANCHES, backend=attention)
-    ids = ids.to(target.device)
+    device = Target(model, cache, {0}, _BRANCHES, backend=attention).device
+    ids = ids.to(device)
     branches = ids[_PREFIX + 1 :].view(_BRANCHES, _DEPTH)
     texts = torch.cat([ids[: _PREFIX + 1].expand(_BRANCHES, -1), branches], dim=1)
-    kwargs = {"use_cache": True, **plain_positions(model, texts)}
-    inputs = prompt_inputs(model, texts, texts.shape[1], cache, kwargs)
-    plain, layers = forward(model, inputs, captured_layers([0]))
-    if layers is None or len(layers) < 2 or layers[1] is None:
-        raise ValueError("it does not hand out the outputs of its layers")
+    plain = _run_plainly(model, texts, cache)
     cache.set_lengths([_PREFIX] * _BRANCHES)
-    target = Target(model, cache.rows([0]), {0}, backend=attention)
-    depths, owners = (torch.tensor(values, device=ids.device) for values in (_DEPTHS, _OWNERS))
+    depths, owners = (torch.tensor(values, device=device) for values in (_DEPTHS, _OWNERS))
     tokens = texts[owners, _PREFIX + depths][None]
-    parents, zeros = torch.tensor([_PARENTS], device=ids.device), torch.zeros_like(tokens)
+    parents, zeros = torch.tensor([_PARENTS], device=device), torch.zeros_like(tokens)
     tree = CandidateTree(tokens, parents, depths[None], zeros.float(), zeros, _DEPTH, _BRANCHES)
-    of_tree = target.verify(tree).logits[0]
+    of_tree = Target(model, cache.rows([0]), {0}, backend=attention).verify(tree).logits[0]
+    if len(of_tree) != len(tree):
+        raise ValueError(f"for {len(tree)} tokens it gives the logits of {len(of_tree)}")
     plain = plain[owners.to(plain.device), _PREFIX + depths.to(plain.device)]
     return plain.float().cpu(), of_tree.float().cpu()
+
+
+def _run_plainly(model, texts: Tensor, cache: TreeCache) -> Tensor:
+    """The logits (B, L, V) of whole texts, as their prefill by `generate` would give them; fills the cache."""
+    layers = len(cache.layers)
+    kwargs = {"use_cache": True, **plain_positions(model, texts)}
+    inputs = prompt_inputs(model, texts, texts.shape[1], cache, kwargs)
+    logits, hidden_states = forward(model, inputs, captured_layers([0]))
+    if hidden_states is None or len(hidden_states) < 2 or hidden_states[1] is None:
+        raise ValueError("it does not hand out the outputs of its layers")
+    if not cache.layers[0].is_initialized:
+        raise ValueError("it keeps no keys and values in the cache that it is given")
+    if len(cache.layers) != layers:
+        raise ValueError("it adds layers to the cache that its configuration does not count")
+    return logits
 
 
 def _tokens(model, count: int) -> Tensor:
