@@ -151,6 +151,8 @@ class TreeLayer(DynamicLayer):
 
         Entries of `nodes` beyond a row's count may be any node.
         """
+        if not self.is_initialized:
+            return
         nodes, start = nodes.to(self.device), place.start
         if len(nodes) == 1:
             for buffer in self._buffers:
@@ -238,7 +240,7 @@ class TreeCache(Cache):
     def keep(self, places: dict[str, Place], nodes: Tensor, counts: list[int]) -> None:
         """Of the tokens of a pass, keep each row's first `counts[b]` of `nodes` (B, A), in order."""
         for layer, layer_type in zip(self.layers, self.layer_types):
-            if layer.is_initialized:
+            if layer_type in places:
                 layer.keep(places[layer_type], nodes, counts)
 
     def places(self) -> dict[str, Place]:
@@ -350,7 +352,7 @@ def check_supported(config, cache: Cache) -> None:
     if cache is None:
         name = type(config.get_text_config(decoder=True)).__name__
         raise ValueError(
-            f"A model of {name} keeps no keys and values in a cache, and a tree is checked after those of its prefix. "
+            f"D²SD decoding keeps a tree in a cache beside its prefix; a model of {name} has none, got NoneType. "
             "Generate without assistant_model."
         )
     offloaded = getattr(cache, "offloading", False)
