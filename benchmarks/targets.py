@@ -51,7 +51,7 @@ SIZES = dict(
     n_embd=32, n_layer=LAYERS, n_head=4, n_positions=512, n_inner=48, n_ctx=512, ffn_dim=48, d_model=32,
     num_layers=LAYERS, num_heads=4, ffn_hidden_size=48, word_embed_proj_dim=32, rotary_dim=8, n_heads=4, n_layers=LAYERS,
     max_seq_len=512, decoder_layers=LAYERS, decoder_attention_heads=4, decoder_ffn_dim=48, init_std=0.5,
-    embedding_size=32, attn_pdrop=0.0, init_range=0.5, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0,
+    embedding_size=32, init_range=0.5, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0,
     # of experts
     num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, n_group=1,
     topk_group=1, n_shared_experts=1, first_k_dense_replace=1, shared_expert_intermediate_size=24,
@@ -71,13 +71,17 @@ DEFAULT = object()
 OWN: dict[str, dict] = {
     "bailing_hybrid": dict(layer_group_size=2),
     "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1, 3]),
-    "cohere_compass_text": _ALTERNATING,
-    "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=None, rope_theta=1e4),
+    "cohere_compass_text": dict(layer_types=["full_attention"] * LAYERS),
+    "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
                  ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2), num_key_value_heads=2),
     "dory": dict(n_input_layers=1, n_output_layers=1, **_ALTERNATING),
     "gemma3n_text": {**_ALTERNATING, "intermediate_size": [48] * LAYERS, "laurel_rank": 4,
                      "activation_sparsity_pattern": [0.0] * LAYERS},
+    "gemma3": dict(vision_config=dict(model_type="siglip_vision_model", image_size=8, patch_size=4), mm_tokens_per_image=4,
+                   text_config=_ALTERNATING),
+    "gemma4": dict(text_config=_ALTERNATING, audio_config=None),
     "gemma4_text": _ALTERNATING,
+    "gemma4_unified": dict(text_config=_ALTERNATING, audio_config=None),
     "gemma4_unified_text": _ALTERNATING,
     "gpt_neo": dict(attention_types=[[["global", "local"], LAYERS // 2]], window_size=WINDOW),
     "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=8, layer_types=["mamba", "attention"] * 2),
@@ -88,6 +92,8 @@ OWN: dict[str, dict] = {
     "prophetnet": dict(num_decoder_layers=LAYERS, num_encoder_layers=1, num_decoder_attention_heads=4,
                        num_encoder_attention_heads=4, decoder_ffn_dim=48, pad_token_id=0),
     "rembert": dict(input_embedding_size=32, output_embedding_size=32),
+    "fuyu": dict(text_config=dict(model_type="persimmon"), image_size=16, patch_size=8),
+    "got_ocr2": dict(text_config=dict(model_type="qwen2"), vision_config=dict(image_size=32, patch_size=8, output_channels=8)),
     "xlm": dict(causal=True, pad_index=0, n_langs=1),
     "xmod": dict(languages=["en"], default_language="en"),
     "zaya": dict(num_experts_per_tok=1),
@@ -155,13 +161,21 @@ def tiny_config(config_class: type, changes: dict):
     sizes |= {name: value for name, value in changes.items() if name not in getattr(config_class, "sub_configs", {})}
     for name, inside in getattr(config_class, "sub_configs", {}).items():
         if name not in sizes:
-            sizes[name] = tiny_config(inside, changes.get(name, {})) if inside is not tf.AutoConfig else changes[name]
+            sizes[name] = tiny_config(inside, changes.get(name, {})) if inside is not tf.AutoConfig else _named(changes, name)
     try:
         return config_class(**{name: value for name, value in sizes.items() if value is not DEFAULT})
     except Exception as error:
         if not all(f"{name}_token_id" in sizes for name in ("pad", "bos", "eos")) or "_token_id" not in str(error):
             raise
         return config_class(**{**sizes, **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)})
+
+
+def _named(changes: dict, name: str) -> dict:
+    """What `OWN` says of a configuration inside that may be of any type."""
+    if name not in changes:
+        raise NotBuilt(f"its {name} may be of any model, and this file names none")
+    sizes = changes[name]
+    return sizes if "model_type" not in sizes else tiny_config(tf.CONFIG_MAPPING[sizes["model_type"]], sizes)
 
 
 def tiny_drafter(model, seed: int) -> D2SDDrafterModel:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .cache import Place, TreeCache, TreeLayer, layer_windows
-from .compat import attention_types_of, attention_within, biases_by_position, current_plan, register_attention
+from .compat import attention_types_of, attention_within, biases_by_position, current_plan, embeds_positions_itself, register_attention
 from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Scoring, tokens_of
 from .tree import CandidateTree, Chains
 
@@ -254,6 +254,7 @@ class TreeAttention:
     layer_types: list[str]  # of every layer, those without a cache of their own included
     kernel: Kernel | None = None  # of a cascade; `None`: masks
     by_position: bool = False  # whether the model adds a bias by the positions of keys
+    tells_positions: bool = False  # whether its embedding of positions has to be told them
     causal_types: frozenset[str] = frozenset()  # layer types in which also the nodes of a block see none behind them
 
     @classmethod
@@ -276,21 +277,21 @@ class TreeAttention:
         text_config = model.config.get_text_config(decoder=True)
         causal_types = frozenset((model.config.causal_layer_types or ()) if two_sided else ())
         types = attention_types_of(model.config)
-        by_position = biases_by_position(model)
+        ways = biases_by_position(model), embeds_positions_itself(model)
         name = NAME if kernel else backend
-        return cls(backend, reason, name, windows, text_config, types, kernel, by_position, causal_types)
+        return cls(backend, reason, name, windows, text_config, types, kernel, *ways, causal_types)
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
 
-    def active(self, plan: object = None, nodes: Nodes | None = None, places: dict[str, Place] | None = None):
-        """Within, the forwards of this thread use this attention; every other thread's and later ones their own.
+    def active(self, plan: object = None):
+        """Within, the forwards of this thread use this attention; every other thread's and later ones their own."""
+        return attention_within(self.implementation, plan)
 
-        Args:
-            nodes: of a target's pass, and `places`, by layer type, where they are going to stand.
-        """
-        positions = _key_positions(nodes, *places.values()) if self.by_position and nodes and places else None
-        return attention_within(self.implementation, plan, positions)
+    def active_at(self, plan: object, positions: Tensor, nodes: Nodes, places: dict[str, Place]):
+        """As `active`, for a target's pass over nodes at `positions` (B, N): models hear of these in several ways."""
+        keys = _key_positions(nodes, *places.values()) if self.by_position else None
+        return attention_within(self.implementation, plan, positions if self.tells_positions else None, keys)
 
     def prepare(
         self, nodes: Nodes, cache: TreeCache, places: dict[str, Place], dtype

@@ -223,6 +223,7 @@ class _Running(threading.local):
 
     implementation: str | None = None
     plan: object = None
+    positions: Tensor | None = None  # (B, N) of the tokens, for models that do not take them
     key_positions: Tensor | None = None  # (B, keys), for models that add a bias by them
 
 
@@ -230,14 +231,19 @@ _running = _Running()
 
 
 @contextlib.contextmanager
-def attention_within(implementation: str, plan: object, key_positions: Tensor | None = None) -> Iterator[None]:
+def attention_within(
+    implementation: str, plan: object, positions: Tensor | None = None, key_positions: Tensor | None = None
+) -> Iterator[None]:
     """Within, in this thread alone, models attend by the implementation of that name. Nothing of theirs changes."""
-    before = _running.implementation, _running.plan, _running.key_positions
-    _running.implementation, _running.plan, _running.key_positions = implementation, plan, key_positions
+    before = dict(vars(_running))
+    vars(_running).update(
+        implementation=implementation, plan=plan, positions=positions, key_positions=key_positions
+    )
     try:
         yield
     finally:
-        _running.implementation, _running.plan, _running.key_positions = before
+        vars(_running).clear()
+        vars(_running).update(before)
 
 
 def current_plan() -> Any:
@@ -259,6 +265,26 @@ def own_window(model) -> str | None:
     if "local" in (getattr(model.config.get_text_config(decoder=True), "attention_layers", None) or []):
         return "its local layers count their window by the order of the keys, and nodes stand beside each other"
     return None
+
+
+def embeds_positions_itself(model) -> bool:
+    """Whether a decoder counts positions by its cache, and can be told them where it embeds them alone."""
+    embed = getattr(decoder_of(model), "embed_positions", None)
+    if embed is None or "position_ids" in inspect.signature(type(model).forward).parameters:
+        return False
+    if "position_ids" not in inspect.signature(type(embed).forward).parameters:
+        return False
+    _wrap(type(embed), "forward", _embed_positions)
+    return True
+
+
+def _embed_positions(stock: Callable, embed: nn.Module, *args, **kwargs) -> Tensor:
+    """(B, N, H), as stock embeds them in one row, of the positions of this pass."""
+    positions = _running.positions
+    if positions is None:
+        return stock(embed, *args, **kwargs)
+    kwargs["position_ids"] = positions.flatten().to(execution_device(embed))
+    return stock(embed, *args, **kwargs).view(*positions.shape, -1)
 
 
 def biases_by_position(model) -> bool:

@@ -144,7 +144,7 @@ class Target:
         prepared = self.attention.prepare(nodes, self.cache, places, self.model.dtype)
         positions = torch.tensor(self.positions, device=self.device)[:, None] + tree.depths
         inputs = tree_inputs(tree.tokens, positions, self.attention.as_argument(prepared), self.cache)
-        with self.attention.active(prepared, nodes, places):
+        with self.attention.active_at(prepared, positions, nodes, places):
             logits, hidden_states = forward(self.run, inputs, self._capture)
         return TargetPass(logits, hidden_states, None, nodes, places)
 
