@@ -35,6 +35,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
 from hf_d2sd.candidates import Draft
 from hf_d2sd.drafting import Drafter
+from hf_d2sd.kernels import KERNELS
 
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB, LAYERS, WINDOW = 24, 4, 10
@@ -64,6 +65,7 @@ SIZES = dict(
     vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8, num_kv_shared_layers=2, global_head_dim=16,
     num_global_key_value_heads=1,
 )  # fmt: skip
+_ROPE = dict(rope_type="default", rope_theta=1e4)
 _ALTERNATING = dict(layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2))
 
 # What a type needs beside or instead; with `DEFAULT` its config has its own.
@@ -71,7 +73,7 @@ DEFAULT = object()
 OWN: dict[str, dict] = {
     "bailing_hybrid": dict(layer_group_size=2),
     "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1, 3]),
-    "cohere_compass_text": dict(layer_types=["full_attention"] * LAYERS),
+    "cohere_compass_text": dict(rope_parameters=dict.fromkeys(("full_attention", "sliding_attention"), _ROPE), **_ALTERNATING),
     "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
                  ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2), num_key_value_heads=2),
     "dory": dict(n_input_layers=1, n_output_layers=1, **_ALTERNATING),
@@ -161,7 +163,7 @@ def tiny_config(config_class: type, changes: dict):
     sizes |= {name: value for name, value in changes.items() if name not in getattr(config_class, "sub_configs", {})}
     for name, inside in getattr(config_class, "sub_configs", {}).items():
         if name not in sizes:
-            sizes[name] = tiny_config(inside, changes.get(name, {})) if inside is not tf.AutoConfig else _named(changes, name)
+            sizes[name] = _inside(name, inside, changes)
     try:
         return config_class(**{name: value for name, value in sizes.items() if value is not DEFAULT})
     except Exception as error:
@@ -170,12 +172,14 @@ def tiny_config(config_class: type, changes: dict):
         return config_class(**{**sizes, **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)})
 
 
-def _named(changes: dict, name: str) -> dict:
-    """What `OWN` says of a configuration inside that may be of any type."""
-    if name not in changes:
+def _inside(name: str, config_class: type, changes: dict):
+    """A configuration in another one; of one that may be of any type `OWN` says the type."""
+    sizes = changes.get(name, {})
+    if sizes is None:
+        return None
+    if config_class is tf.AutoConfig and "model_type" not in sizes:
         raise NotBuilt(f"its {name} may be of any model, and this file names none")
-    sizes = changes[name]
-    return sizes if "model_type" not in sizes else tiny_config(tf.CONFIG_MAPPING[sizes["model_type"]], sizes)
+    return tiny_config(tf.CONFIG_MAPPING[sizes["model_type"]] if "model_type" in sizes else config_class, sizes)
 
 
 def tiny_drafter(model, seed: int) -> D2SDDrafterModel:
@@ -354,6 +358,57 @@ def _in_process(kind: str, sender) -> None:
     sender.send(verdict_of(kind))
 
 
+# The page --------------------------------------------------------------------------------------------------------------
+
+HEAD = """# Targets
+
+Each type of `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` in Transformers {version}, tiny and random, in float32 on a CPU: {counts}.
+`python benchmarks/targets.py --out docs/targets.md` makes this page, and a slow test makes it again and compares.
+
+*equal* means that greedy texts are those of plain `generate`, token for token: one sequence and a padded batch of three,
+trees of up to 12 and 64 nodes and trees of width 2, drafts right at 80 percent of the positions, a sliding window of
+{window} where the type has one, and {new} new tokens that lead past it. How the tree attends follows: the *cascade*, or a
+*mask* over all keys where a model or its size of heads leaves no other way ([attention](how-it-works.md#attention)).
+*refused* means a `ValueError` that names the model, before anything is decoded. *not built* types have no model here that
+writes a text: `benchmarks/targets.py` knows no small configuration, or the type is for something else.
+
+A type is more than its default settings; every model is tried with a small tree when it is first decoded with, see
+[limits](limits.md#targets).
+
+| type | model | | |
+|---|---|---|---|
+"""
+
+
+def as_page(verdicts: list[Verdict]) -> str:
+    counts = Counter(verdict.verdict for verdict in verdicts)
+    head = HEAD.format(
+        version=tf.__version__,
+        counts=", ".join(f"{count} {name}" for name, count in counts.most_common()),
+        window=WINDOW,
+        new=NEW_TOKENS,
+    )
+    rows = (f"| `{one.kind}` | {one.name} | {one.verdict} | {_shortly(one)} |\n" for one in verdicts)
+    return head + "".join(rows)
+
+
+def read_page(page: str) -> dict[str, str]:
+    """From each type in a page to its verdict."""
+    return dict(re.findall(r"^\| `([\w-]+)` \| \w+ \| ([\w ]+) \|", page, re.M))
+
+
+def _shortly(verdict: Verdict) -> str:
+    words = verdict.words.replace("|", "/")
+    if verdict.verdict == "equal":
+        backend, reason = words.split(": ", 1)
+        return "cascade" if backend in KERNELS else "mask: " + reason.removeprefix("with a mask over all keys, since ")
+    for known in ("D²SD decoding is greedy search or sampling by a decoder with a key-value cache; here ", f"{verdict.name} "):
+        words = words.removeprefix(known)
+    for known in ("Change that, or call generate without assistant_model.", "Generate without assistant_model."):
+        words = words.removesuffix(known).strip()
+    return words.rstrip(".")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model types; all by default")
@@ -367,6 +422,8 @@ def main(arguments: list[str] | None = None) -> int:
         verdicts.append(verdict)
         print(f"{verdict.kind}: {verdict.verdict}: {verdict.words}", flush=True)
     counts = Counter(verdict.verdict for verdict in verdicts)
+    if args.out is not None:
+        args.out.write_text(as_page(verdicts), encoding="utf-8")
     print(", ".join(f"{count} {name}" for name, count in counts.most_common()))
     return int(bool({"CRASH", "DIFFERS"} & set(counts)))
 

@@ -61,6 +61,10 @@ def _fault(model, attention: TreeAttention) -> str | None:
     return found[facts]
 
 
+class Unfit(Exception):
+    """A forward ran, and what it did is in the way; says what."""
+
+
 # Two branches of two tokens after an anchor, one node of each in turn: places in a pass say nothing of positions.
 _PREFIX, _BRANCHES, _DEPTH = 2, 2, 2
 _PARENTS, _DEPTHS, _OWNERS = [-1, 0, 0, 1, 2], [0, 1, 1, 2, 2], [0, 0, 1, 0, 1]
@@ -76,6 +80,8 @@ def _probe(model, attention: TreeAttention) -> str | None:
             plain, of_tree = _both_ways(model, attention, ids)
     except torch.OutOfMemoryError:
         raise
+    except Unfit as reason:
+        return str(reason)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return f"its forward does not take one ({type(error).__name__}: {error})"
     if not plain.isfinite().all():
@@ -117,7 +123,7 @@ def _both_ways(model, attention: TreeAttention, ids: Tensor) -> tuple[Tensor, Te
     tree = CandidateTree(tokens, parents, depths[None], zeros.float(), zeros, _DEPTH, _BRANCHES)
     of_tree = Target(model, cache.rows([0]), {0}, backend=attention).verify(tree).logits[0]
     if len(of_tree) != len(tree):
-        raise ValueError(f"for {len(tree)} tokens it gives the logits of {len(of_tree)}")
+        raise Unfit(f"for {len(tree)} tokens it gives the logits of {len(of_tree)}")
     plain = plain[owners.to(plain.device), _PREFIX + depths.to(plain.device)]
     return plain.float().cpu(), of_tree.float().cpu()
 
@@ -129,11 +135,11 @@ def _run_plainly(model, texts: Tensor, cache: TreeCache) -> Tensor:
     inputs = prompt_inputs(model, texts, texts.shape[1], cache, kwargs)
     logits, hidden_states = forward(model, inputs, captured_layers([0]))
     if hidden_states is None or len(hidden_states) < 2 or hidden_states[1] is None:
-        raise ValueError("it does not hand out the outputs of its layers")
+        raise Unfit("it does not hand out the outputs of its layers")
     if not cache.layers[0].is_initialized:
-        raise ValueError("it keeps no keys and values in the cache that it is given")
+        raise Unfit("it keeps no keys and values in the cache that it is given")
     if len(cache.layers) != layers:
-        raise ValueError("it adds layers to the cache that its configuration does not count")
+        raise Unfit("it adds layers to the cache that its configuration does not count")
     return logits
 
 
