@@ -14,7 +14,14 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .cache import Place, TreeCache, TreeLayer, layer_windows
-from .compat import attention_within, current_plan, register_attention
+from .compat import (
+    attention_types_of,
+    attention_within,
+    biases_by_position,
+    current_plan,
+    embeds_positions_itself,
+    register_attention,
+)
 from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Scoring, tokens_of
 from .tree import CandidateTree, Chains
 
@@ -251,25 +258,35 @@ class TreeAttention:
     implementation: str  # what Transformers calls it
     windows: dict[str, int | None]  # the sliding window of each layer type: positions nearer than this are seen
     text_config: object
+    layer_types: list[str]  # of every layer, those without a cache of their own included
     kernel: Kernel | None = None  # of a cascade; `None`: masks
+    by_position: bool = False  # whether the model adds a bias by the positions of keys
+    tells_positions: bool = False  # whether its embedding of positions has to be told them
     causal_types: frozenset[str] = frozenset()  # layer types in which also the nodes of a block see none behind them
 
     @classmethod
-    def for_model(cls, model, forced: str | None = None, two_sided: bool = False) -> "TreeAttention":
+    def for_model(
+        cls, model, forced: str | None = None, two_sided: bool = False, obstacle: str | None = None
+    ) -> "TreeAttention":
         """Choose a backend for a model; `forced` names the one that it has to be.
 
         Args:
             two_sided: for drafters: a window is the greatest distance seen, and blocks may see all of themselves.
+            obstacle: what stands in the way of a cascade, so that it is to be a mask.
 
         Raises:
             ValueError: for an unknown backend, or one that cannot run here.
         """
-        backend, reason = choose(Facts.of(model), forced)
+        facts = Facts.of(model)
+        backend, reason = choose(facts if obstacle is None else replace(facts, obstacle=obstacle), forced)
         windows = {name: window and window + two_sided for name, window in layer_windows(model.config).items()}
         kernel = KERNELS.get(backend)
         text_config = model.config.get_text_config(decoder=True)
         causal_types = frozenset((model.config.causal_layer_types or ()) if two_sided else ())
-        return cls(backend, reason, NAME if kernel else backend, windows, text_config, kernel, causal_types)
+        types = attention_types_of(model.config)
+        ways = biases_by_position(model), embeds_positions_itself(model)
+        name = NAME if kernel else backend
+        return cls(backend, reason, name, windows, text_config, types, kernel, *ways, causal_types)
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
@@ -277,6 +294,11 @@ class TreeAttention:
     def active(self, plan: object = None):
         """Within, the forwards of this thread use this attention; every other thread's and later ones their own."""
         return attention_within(self.implementation, plan)
+
+    def active_at(self, plan: object, positions: Tensor, nodes: Nodes, places: dict[str, Place]):
+        """As `active`, for a target's pass over nodes at `positions` (B, N): models hear of these in several ways."""
+        keys = _key_positions(nodes, *places.values()) if self.by_position else None
+        return attention_within(self.implementation, plan, positions if self.tells_positions else None, keys)
 
     def prepare(
         self, nodes: Nodes, cache: TreeCache, places: dict[str, Place], dtype
@@ -300,7 +322,7 @@ class TreeAttention:
             name: plan_layer(self.kernel, seen[name], segments, places[name], layers[name], window, dtype)
             for name, window in self.windows.items()
         }
-        return TreePlan(self.kernel, cache.layer_types, plans)
+        return TreePlan(self.kernel, self.layer_types, plans)
 
     def as_mask(self, seen: Tensor, dtype: torch.dtype) -> Tensor:
         """From which keys are seen, (B, N, keys) bool, to the mask (B, 1, N, keys) that the implementation takes."""
@@ -318,6 +340,13 @@ class TreeAttention:
         masks = self.masks(prepared)
         by_type = getattr(self.text_config, "layer_types", None) is not None  # as `create_masks_for_generate` decides
         return masks if by_type else next(iter(masks.values()))
+
+
+def _key_positions(nodes: Nodes, place: Place) -> Tensor:
+    """(B, keys): of each key of a layer the position after its row's first, of nodes that of their depth."""
+    lengths = torch.tensor(place.lengths, device=nodes.depths.device)[:, None]
+    stored = torch.arange(place.start, device=lengths.device).expand(len(lengths), -1)
+    return torch.cat([stored, lengths + nodes.depths], dim=1)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

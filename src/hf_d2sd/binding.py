@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .compat import adapters_by_token, embedding_scale, is_stateful, is_static, owner_of_inputs
+from .compat import adapters_by_token, embedding_scale, has_several_streams, is_stateful, is_static, owner_of_inputs
 from .modeling import D2SDAssistant, D2SDDrafterConfig
 
 logger = logging.get_logger(__name__)
@@ -52,6 +52,9 @@ def unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[str
         ),
         "output_attentions is on, which a tree does not give": (
             config.output_attentions and config.return_dict_in_generate
+        ),
+        f"output_hidden_states is on, and {name} has several for each token and layer": (
+            config.output_hidden_states and config.return_dict_in_generate and has_several_streams(target)
         ),
         "assistant_tokenizer was passed, and drafters share the target's tokenizer": (
             "assistant_tokenizer" in mode_kwargs

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .compat import CACHE_NAME, Cache, DynamicLayer, DynamicSlidingWindowLayer, layer_types_of
+from .compat import (
+    CACHE_NAME,
+    NO_CACHE,
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    is_without_cache,
+    layer_types_of,
+)
 
 _CONTEXTS = "_d2sd_contexts"  # attribute of a returned cache: the drafters' contexts of the tokens it holds
 
@@ -199,7 +207,7 @@ def empty_buffer(like: Tensor, capacity: int) -> Tensor:
 
 
 class TreeCache(Cache):
-    """A `TreeLayer` for every layer of a decoder, full or sliding.
+    """A `TreeLayer` for every layer of a decoder, full or sliding; those that cache nothing of their own stay empty.
 
     Raises:
         ValueError: for a layer type whose state cannot drop tokens again.
@@ -208,7 +216,7 @@ class TreeCache(Cache):
     def __init__(self, config):
         super().__init__(layers=[TreeLayer(window) for window in _windows(config)])
         self.config, self.layer_types = config, _layer_types(config)
-        self._first_of_type = {name: self.layer_types.index(name) for name in self.layer_types}
+        self._first_of_type = {name: self.layer_types.index(name) for name in self.layer_types if name != NO_CACHE}
 
     def by_type(self) -> dict[str, TreeLayer]:
         """One layer of each layer type: all of a type hold as many tokens."""
@@ -232,7 +240,8 @@ class TreeCache(Cache):
     def keep(self, places: dict[str, Place], nodes: Tensor, counts: list[int]) -> None:
         """Of the tokens of a pass, keep each row's first `counts[b]` of `nodes` (B, A), in order."""
         for layer, layer_type in zip(self.layers, self.layer_types):
-            layer.keep(places[layer_type], nodes, counts)
+            if layer_type in places:
+                layer.keep(places[layer_type], nodes, counts)
 
     def places(self) -> dict[str, Place]:
         """By layer type, where the next pass's tokens are going to stand."""
@@ -249,6 +258,8 @@ class TreeCache(Cache):
         """The rows of several caches, one below the other."""
         stacked = cls(caches[0].config)
         for layer, *parts in zip(stacked.layers, *(cache.layers for cache in caches)):
+            if not parts[0].is_initialized:
+                continue
             longest = max(part.length for part in parts)
             layer.update(*(_stack_rows(states, longest) for states in zip(*((p.keys, p.values) for p in parts))))
             layer.dropped = [dropped for part in parts for dropped in part.dropped]
@@ -338,6 +349,12 @@ def check_supported(config, cache: Cache) -> None:
         ValueError: for anything but a plain `DynamicCache` with layers for `config`.
     """
     windows = _windows(config)
+    if cache is None:
+        name = type(config.get_text_config(decoder=True)).__name__
+        raise ValueError(
+            f"D²SD decoding keeps a tree in a cache beside its prefix; a model of {name} has none, got NoneType. "
+            "Generate without assistant_model."
+        )
     offloaded = getattr(cache, "offloading", False)
     if type(cache) is not DynamicCache or offloaded:
         kind = f"{'an offloaded ' if offloaded else ''}{type(cache).__name__}"
@@ -346,9 +363,8 @@ def check_supported(config, cache: Cache) -> None:
             f"{kind}. Drop `cache_implementation` and such a `{CACHE_NAME}`, or generate without assistant_model."
         )
     for layer, window in zip(cache.layers, windows):
-        fits = type(layer) is DynamicLayer or (
-            type(layer) is DynamicSlidingWindowLayer and layer.sliding_window == window
-        )
+        fits = type(layer) is DynamicLayer or is_without_cache(layer)
+        fits = fits or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window == window)
         if not fits:
             raise ValueError(
                 f"D²SD decoding cannot take over a cache layer of type {type(layer).__name__} here: it was not made "
@@ -358,7 +374,11 @@ def check_supported(config, cache: Cache) -> None:
 
 def layer_windows(config) -> dict[str, int | None]:
     """The sliding window of each layer type of a decoder; `None` is full attention. Keys are Transformers' names."""
-    return dict(zip(_layer_types(config), _windows(config)))
+    found = {}
+    for name, window in zip(_layer_types(config), _windows(config)):
+        found.setdefault(name, window)  # the first of a type has keys and values of its own, and so a window
+    found.pop(NO_CACHE, None)
+    return found
 
 
 def _layer_types(config) -> list[str]:
@@ -367,7 +387,7 @@ def _layer_types(config) -> list[str]:
 
 def _windows(config) -> list[int | None]:
     types, options = layer_types_of(config)
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention", NO_CACHE})
     if unknown:
         name = type(config.get_text_config(decoder=True)).__name__
         raise ValueError(

@@ -15,6 +15,7 @@ from .drafting import DraftContext, Drafter
 from .modeling import D2SDAssistant
 from .observing import Observer
 from .options import DecodingOptions, settle
+from .probing import attention_for
 from .prompts import Prompt, join_records, join_sequences, read_prompt
 from .stats import D2SDStats
 from .target import Target
@@ -97,7 +98,7 @@ def _open_target(
         {layer for model in models for layer in model.config.target_layer_ids},
         prompt.rows,
         all_hidden_states=_empty_record(generation_config).hidden_states is not None,
-        backend=generation_config.d2sd_attention_backend,
+        backend=attention_for(target, generation_config.d2sd_attention_backend),
         keeps_left_rows=keeps_left_rows,
     )
 

@@ -6,6 +6,8 @@ What the networks need of it is in `modeling.compat_d2sd`, which Hub repositorie
 import contextlib
 import copy
 import functools
+import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -147,6 +149,12 @@ def prompt_inputs(model, input_ids: Tensor, size: int, cache: Cache, model_kwarg
     return model.prepare_inputs_for_generation(input_ids, next_sequence_length=size, is_first_iteration=True, **kwargs)
 
 
+def plain_positions(model, tokens: Tensor) -> dict[str, Tensor]:
+    """What `generate` tells a forward of the positions of whole texts (B, L), where it can be told."""
+    takes_them = "position_ids" in inspect.signature(model.forward).parameters
+    return {"position_ids": torch.arange(tokens.shape[1], device=tokens.device)[None]} if takes_them else {}
+
+
 def with_logits_of(model_kwargs: dict, columns: Tensor) -> dict:
     """The same inputs, asking for the logits of these tokens alone, where the model can be asked."""
     return {**model_kwargs, "logits_to_keep": columns} if "logits_to_keep" in model_kwargs else model_kwargs
@@ -176,7 +184,14 @@ def read_text(target, tokens: Tensor, layer_ids: Iterable[int]) -> tuple[Tensor,
 
 
 def _embeddings_first(hidden_states: tuple[Tensor | None, ...], selected: bool) -> tuple[Tensor | None, ...]:
+    if selected:  # where layers hand out several streams (S, B, T, H), drafters read the one that is predicted with
+        hidden_states = tuple(one[0] if one is not None and one.ndim == 4 else one for one in hidden_states)
     return hidden_states if _EMBEDDINGS_COUNT or not selected else (None, *hidden_states)
+
+
+def has_several_streams(target) -> bool:
+    """Whether a layer's output is not one state a token (B, T, H) but several, (S, B, T, H)."""
+    return getattr(target.config.get_text_config(decoder=True), "altup_num_inputs", 1) > 1
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -207,6 +222,21 @@ def embedding_scale(embed: nn.Module) -> float | Tensor:
     return getattr(embed, "scalar_embed_scale", getattr(embed, "embed_scale", 1.0))
 
 
+def is_quantized(model) -> bool:
+    """Whether weights are not plain floating-point numbers."""
+    plain = (torch.Tensor, nn.Parameter)
+    return getattr(model, "is_quantized", False) or any(
+        type(p) not in plain or type(p.data) not in plain or not p.is_floating_point() for p in model.parameters()
+    )
+
+
+def eagerly():
+    """Within, what was compiled runs as it was written: a pass of its own shape costs no compilation."""
+    if "torch._dynamo" not in sys.modules:  # nothing is, and to import it takes a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 # Continuous batching -------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +263,11 @@ def register_attention(name: str, attend: Callable) -> None:
     AttentionInterface.register(name, attend)
 
 
+def decoder_of(model):
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return model if decoder is None else decoder
+
+
 def attention_of(config) -> str:
     """The name of the attention implementation of a model with this config."""
     return config._attn_implementation or "eager"
@@ -247,20 +282,25 @@ class _Running(threading.local):
 
     implementation: str | None = None
     plan: object = None
+    positions: Tensor | None = None  # (B, N) of the tokens, for models that do not take them
+    key_positions: Tensor | None = None  # (B, keys), for models that add a bias by them
 
 
 _running = _Running()
 
 
 @contextlib.contextmanager
-def attention_within(implementation: str, plan: object) -> Iterator[None]:
+def attention_within(
+    implementation: str, plan: object, positions: Tensor | None = None, key_positions: Tensor | None = None
+) -> Iterator[None]:
     """Within, in this thread alone, models attend by the implementation of that name. Nothing of theirs changes."""
-    before = _running.implementation, _running.plan
-    _running.implementation, _running.plan = implementation, plan
+    before = dict(vars(_running))
+    vars(_running).update(implementation=implementation, plan=plan, positions=positions, key_positions=key_positions)
     try:
         yield
     finally:
-        _running.implementation, _running.plan = before
+        vars(_running).clear()
+        vars(_running).update(before)
 
 
 def current_plan() -> Any:
@@ -275,6 +315,62 @@ def _get_interface(stock, interface, attn_implementation: str, default: Callable
 
 
 _wrap(AttentionInterface, "get_interface", _get_interface)
+
+
+def own_window(model) -> str | None:
+    """In words, a window that layers lay over the keys by their order, and that no cache or mask knows of."""
+    if "local" in (getattr(model.config.get_text_config(decoder=True), "attention_layers", None) or []):
+        return "its local layers count their window by the order of the keys, and nodes stand beside each other"
+    return None
+
+
+def embeds_positions_itself(model) -> bool:
+    """Whether a decoder counts positions by its cache, and can be told them where it embeds them alone."""
+    embed = getattr(decoder_of(model), "embed_positions", None)
+    if embed is None or "position_ids" in inspect.signature(type(model).forward).parameters:
+        return False
+    if "position_ids" not in inspect.signature(type(embed).forward).parameters:
+        return False
+    _wrap(type(embed), "forward", _embed_positions)
+    return True
+
+
+def _embed_positions(stock: Callable, embed: nn.Module, *args, **kwargs) -> Tensor:
+    """(B, N, H), as stock embeds them in one row, of the positions of this pass."""
+    positions = _running.positions
+    if positions is None:
+        return stock(embed, *args, **kwargs)
+    kwargs["position_ids"] = positions.flatten().to(execution_device(embed))
+    return stock(embed, *args, **kwargs).view(*positions.shape, -1)
+
+
+def biases_by_position(model) -> bool:
+    """Whether a model adds a bias by the position of each key (ALiBi), which passes then have to say.
+
+    Raises:
+        ValueError: where there is no way to say it.
+    """
+    decoder = decoder_of(model)
+    if getattr(decoder, "build_mpt_alibi_tensor", None) is not None or getattr(decoder, "use_alibi", False):
+        raise ValueError(
+            f"{type(model).__name__} adds a bias by the order of the keys (ALiBi) and takes no positions, so that it "
+            "cannot verify a tree of candidates. Generate without assistant_model."
+        )
+    if getattr(decoder, "build_alibi_tensor", None) is None:
+        return False
+    _wrap(type(decoder), "build_alibi_tensor", _alibi_by_position)
+    return True
+
+
+def _alibi_by_position(stock: Callable, decoder, attention_mask: Tensor, *args, **kwargs) -> Tensor:
+    """(B * heads, 1, keys), as stock builds it for keys in their order, of keys at the positions of this pass."""
+    positions = _running.key_positions
+    if positions is None:
+        return stock(decoder, attention_mask, *args, **kwargs)
+    rows, keys = positions.shape
+    positions = positions.to(attention_mask.device)
+    in_order = stock(decoder, torch.ones_like(positions), *args, **kwargs).view(rows, -1, 1, keys)
+    return in_order.gather(3, positions[:, None, None].expand_as(in_order)).view(-1, 1, keys)
 
 
 def takes_attention_functions(decoder) -> bool:
@@ -295,9 +391,47 @@ def compiled_everywhere() -> CompileConfig:
 # Caches --------------------------------------------------------------------------------------------------------------
 
 
+NO_CACHE = "dummy"  # the type of layers without keys and values: of experts alone, or of another layer's
+
+
 def layer_types_of(config) -> tuple[list[str], list[dict]]:
-    """Of a decoder's layers the types, by Transformers' names, and what their caches are made with."""
-    return get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    """Of a decoder's cached layers the types, by Transformers' names, and what their caches are made with.
+
+    Layers at the end that attend to another layer's keys and values are of its type, or left out.
+    """
+    text = config.get_text_config(decoder=True)
+    types, options = get_layer_types_and_kwargs(text)
+    attended = _attention_types(text, types)
+    return attended[: len(types)], options
+
+
+def attention_types_of(config) -> list[str]:
+    """Of all layers of a decoder the types, by Transformers' names."""
+    text = config.get_text_config(decoder=True)
+    return _attention_types(text, get_layer_types_and_kwargs(text)[0])
+
+
+def _attention_types(text, types: list[str]) -> list[str]:
+    """Those that share keys and values have lost their own type, or until 5.23 their place."""
+    own = getattr(text, "layer_types", None) if _shares_keys(text) else None
+    return types if own is None else list(own)
+
+
+def _shares_keys(text) -> bool:
+    return bool(getattr(text, "num_kv_shared_layers", 0))
+
+
+def is_without_cache(layer) -> bool:
+    """Whether a layer of a cache holds nothing by design."""
+    return type(layer).__name__ == "DummyLayer"  # which came with 5.21
+
+
+def head_sizes(config) -> set[int]:
+    """The sizes of a decoder's heads: some have other ones in layers of another type."""
+    layers = config.get_text_config(decoder=True).per_layer_config
+    return {
+        getattr(one, "head_dim", None) or one.hidden_size // getattr(one, "num_attention_heads", 1) for one in layers
+    }
 
 
 # Logits processors ---------------------------------------------------------------------------------------------------

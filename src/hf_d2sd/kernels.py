@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compat import attention_of, has_sdpa, takes_attention_functions
+from .compat import attention_of, decoder_of, has_sdpa, head_sizes, takes_attention_functions
 
 HUB_KERNEL = "kernels-community/flash-attn2"
 
@@ -32,15 +32,13 @@ class Facts:
     @classmethod
     def of(cls, model) -> "Facts":
         config = model.config.get_text_config(decoder=True)
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        decoder = decoder if decoder is not None else model
+        decoder = decoder_of(model)
         device = next((p.device for p in decoder.parameters() if p.device.type != "meta"), torch.device("cpu"))
-        heads = getattr(config, "num_attention_heads", 1)
         return cls(
             device=device,
             devices=frozenset(p.device.type for p in decoder.parameters()) - {"meta"},
             dtype=model.dtype,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=max(head_sizes(config)),
             softcap=getattr(config, "attn_logit_softcapping", None),
             own_implementation=attention_of(config),
             supports_sdpa=has_sdpa(decoder),

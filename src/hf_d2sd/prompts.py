@@ -112,7 +112,8 @@ def _count_new_columns(prompt: Tensor, mask: Tensor | None, past: int, is_embeds
 
 
 def _check_inputs(prompt: Tensor, cache, width: int, chunk_size: int | None, model_kwargs: dict) -> None:
-    held = next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized and layer.keys.numel()), None)
+    filled = (layer for layer in cache.layers if layer.is_initialized and layer.keys is not None)
+    held = next((layer.keys.shape[0] for layer in filled if layer.keys.numel()), None)
     if held is not None and held != len(prompt):
         raise ValueError(f"{CACHE_NAME} holds {held} rows and the prompt has {len(prompt)}.")
     extra = sorted(

@@ -48,7 +48,7 @@ class Target:
         layer_ids: the layers whose outputs some drafter reads.
         rows: B.
         all_hidden_states: keep every layer's output, for `output_hidden_states=True`.
-        backend: the attention that trees have to be verified with; by default the fastest that can run.
+        backend: the attention that trees have to be verified with, or its name; by default the fastest that can run.
         keeps_left_rows: whether the cache of rows that leave the batch is still wanted.
     """
 
@@ -59,11 +59,12 @@ class Target:
         layer_ids: set[int],
         rows: int = 1,
         all_hidden_states: bool = False,
-        backend: str | None = None,
+        backend: str | TreeAttention | None = None,
         keeps_left_rows: bool = False,
     ):
         self.model, self.cache = model, cache
-        self.attention = TreeAttention.for_model(model, backend)
+        known = isinstance(backend, TreeAttention)
+        self.attention = backend if known else TreeAttention.for_model(model, backend)
         self.device = execution_device(model.get_input_embeddings())
         self.run: Callable = model  # of trees; or compiled, for passes of a fixed shape
         self.rows = list(range(rows))  # which rows of the batch are still in it
@@ -146,7 +147,7 @@ class Target:
         prepared = self.attention.prepare(nodes, self.cache, places, self.model.dtype)
         positions = self._positions_at(tree.depths)
         inputs = tree_inputs(tree.tokens, positions, self.attention.as_argument(prepared), self.cache)
-        with self.attention.active(prepared):
+        with self.attention.active_at(prepared, positions, nodes, places):
             logits, hidden_states = forward(self.run, inputs, self._capture)
         return TargetPass(logits, hidden_states, None, nodes, places)
 

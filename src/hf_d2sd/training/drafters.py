@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..binding import tokenizer_fingerprint
-from ..compat import without_embed_norm
+from ..compat import head_sizes, without_embed_norm
 from ..drafting import draft_head, head_rows
 from ..modeling import D2SDDrafterConfig, D2SDDrafterModel, default_target_layer_ids
 from .blocks import NO_LABEL, Blocks, masks_by_layer_type, true_tokens
@@ -36,7 +36,7 @@ def drafter_config(target, tokenizer, rows: Iterable[Row], **changes) -> D2SDDra
         intermediate_size=text.intermediate_size,
         num_attention_heads=heads,
         num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        head_dim=min(head_sizes(text)),
         hidden_act=getattr(text, "hidden_act", None) or getattr(text, "hidden_activation", None) or "silu",
         max_position_embeddings=text.max_position_embeddings,
         rms_norm_eps=getattr(text, "rms_norm_eps", 1e-6),
