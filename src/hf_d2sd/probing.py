@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .attention import TreeAttention
 from .cache import TreeCache
-from .compat import captured_layers, eagerly, forward, is_quantized, own_window, plain_positions, prompt_inputs
+from .compat import captured_layers, forward, is_quantized, own_window, plain_positions, prompt_inputs
 from .kernels import Facts
 from .target import Target
 from .tree import CandidateTree
@@ -76,7 +76,7 @@ def _probe(model, attention: TreeAttention) -> str | None:
         return None
     ids = _tokens(model, _PREFIX + 1 + _BRANCHES * _DEPTH)
     try:
-        with torch.no_grad(), eagerly():
+        with torch.no_grad():
             plain, of_tree = _both_ways(model, attention, ids)
     except torch.OutOfMemoryError:
         raise
