@@ -25,7 +25,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -294,9 +294,7 @@ def _texts_that_differ(model, pair: D2SDAssistant, truths: list[torch.Tensor]) -
     for number, case in enumerate(CASES):
         for rows in (1, ROWS):
             with drafts_often_right(truths[:rows], 0.8, seed=number):
-                ours = model.generate(
-                    batch[:rows], attention_mask=mask[:rows], assistant_model=pair, **GREEDY, **case
-                )
+                ours = model.generate(batch[:rows], attention_mask=mask[:rows], assistant_model=pair, **GREEDY, **case)
             if [row[-NEW_TOKENS:].tolist() for row in ours] != [row[-NEW_TOKENS:].tolist() for row in truths[:rows]]:
                 wrong.append(f"{rows} row{'s' * (rows > 1)} with {_in_words(case)}")
             cycles, tokens = cycles + pair.last_stats.cycles * rows, tokens + pair.last_stats.new_tokens
@@ -402,7 +400,10 @@ def _shortly(verdict: Verdict) -> str:
     if verdict.verdict == "equal":
         backend, reason = words.split(": ", 1)
         return "cascade" if backend in KERNELS else "mask: " + reason.removeprefix("with a mask over all keys, since ")
-    for known in ("D²SD decoding is greedy search or sampling by a decoder with a key-value cache; here ", f"{verdict.name} "):
+    for known in (
+        "D²SD decoding is greedy search or sampling by a decoder with a key-value cache; here ",
+        f"{verdict.name} ",
+    ):
         words = words.removeprefix(known)
     for known in ("Change that, or call generate without assistant_model.", "Generate without assistant_model."):
         words = words.removesuffix(known).strip()
@@ -418,7 +419,9 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     logging.disable(logging.WARNING)
     verdicts = []
-    for verdict in (verdict_of(kind, True) for kind in args.types) if args.trace else run_all(args.types or TYPES, args.jobs):
+    for verdict in (
+        (verdict_of(kind, True) for kind in args.types) if args.trace else run_all(args.types or TYPES, args.jobs)
+    ):
         verdicts.append(verdict)
         print(f"{verdict.kind}: {verdict.verdict}: {verdict.words}", flush=True)
     counts = Counter(verdict.verdict for verdict in verdicts)

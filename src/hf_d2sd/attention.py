@@ -14,7 +14,14 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .cache import Place, TreeCache, TreeLayer, layer_windows
-from .compat import attention_types_of, attention_within, biases_by_position, current_plan, embeds_positions_itself, register_attention
+from .compat import (
+    attention_types_of,
+    attention_within,
+    biases_by_position,
+    current_plan,
+    embeds_positions_itself,
+    register_attention,
+)
 from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Scoring, tokens_of
 from .tree import CandidateTree, Chains
 

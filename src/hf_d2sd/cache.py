@@ -364,9 +364,7 @@ def check_supported(config, cache: Cache) -> None:
         )
     for layer, window in zip(cache.layers, windows):
         fits = type(layer) is DynamicLayer or is_without_cache(layer)
-        fits = fits or (
-            type(layer) is DynamicSlidingWindowLayer and layer.sliding_window == window
-        )
+        fits = fits or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window == window)
         if not fits:
             raise ValueError(
                 f"D²SD decoding cannot take over a cache layer of type {type(layer).__name__} here: it was not made "

@@ -228,9 +228,7 @@ def attention_within(
 ) -> Iterator[None]:
     """Within, in this thread alone, models attend by the implementation of that name. Nothing of theirs changes."""
     before = dict(vars(_running))
-    vars(_running).update(
-        implementation=implementation, plan=plan, positions=positions, key_positions=key_positions
-    )
+    vars(_running).update(implementation=implementation, plan=plan, positions=positions, key_positions=key_positions)
     try:
         yield
     finally:

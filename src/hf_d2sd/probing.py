@@ -20,8 +20,8 @@ from .tree import CandidateTree
 
 logger = logging.get_logger(__name__)
 
-# By which share of their own spread a node's logits may differ between two passes. Rounding grows with a network's depth;
-# wrong positions, or a mask that is not kept, make other logits altogether.
+# By which share of their own spread a node's logits may differ between two passes. Rounding grows with a network's
+# depth; wrong positions, or a mask that is not kept, make other logits altogether.
 _FINE, _COARSE, _QUANTIZED = 0.01, 0.1, 0.2  # from float32 on; below; of quantized weights
 _known: dict[tuple, str | None] = {}  # what was found, by what it depends on
 _seen: "weakref.WeakKeyDictionary[object, dict]" = weakref.WeakKeyDictionary()  # the same by model, found faster
