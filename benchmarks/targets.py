@@ -2,9 +2,9 @@
 
     python benchmarks/targets.py [TYPE ...] [--out docs/targets.md]
 
-A model of each type in `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` is built from a small config and decodes greedily in float32, with
-drafts that are often right: narrow and wide trees, one sequence and several, a sliding window that is smaller
-than the text. The verdict is one of
+A model of each type in `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` is built from a small config and decodes greedily in
+float32, with drafts that are often right: narrow and wide trees, one sequence and several, a sliding window that is
+smaller than the text. The verdict is one of
 
 * equal: each of these texts is plain decoding's;
 * refused: a ValueError that names the model, before anything was decoded;
@@ -364,15 +364,17 @@ def _in_process(kind: str, sender) -> None:
 
 HEAD = """# Targets
 
-Each type of `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` in Transformers {version}, tiny and random, in float32 on a CPU: {counts}.
-`python benchmarks/targets.py --out docs/targets.md` makes this page, and a slow test makes it again and compares.
+Each type of `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` in Transformers {version}, tiny and random, in float32 on a CPU:
+{counts}. `python benchmarks/targets.py --out docs/targets.md` makes this page, and a slow test makes it again and
+compares.
 
-*equal* means that greedy texts are those of plain `generate`, token for token: one sequence and a padded batch of three,
-trees of up to 12 and 64 nodes and trees of width 2, drafts right at 80 percent of the positions, a sliding window of
-{window} where the type has one, and {new} new tokens that lead past it. How the tree attends follows: the *cascade*, or a
-*mask* over all keys where a model or its size of heads leaves no other way ([attention](how-it-works.md#attention)).
-*refused* means a `ValueError` that names the model, before anything is decoded. *not built* types have no model here that
-writes a text: `benchmarks/targets.py` knows no small configuration, or the type is for something else.
+*equal* means that greedy texts are those of plain `generate`, token for token: one sequence and a padded batch of
+three, trees of up to 12 and 64 nodes and trees of width 2, drafts right at 80 percent of the positions, a sliding
+window of {window} where the type has one, and {new} new tokens that lead past it. How the tree attends follows: the
+*cascade*, or a *mask* over all keys where a model or its size of heads leaves no other way
+([attention](how-it-works.md#attention)). *refused* means a `ValueError` that names the model, before anything is
+decoded. *not built* types have no model here that writes a text: `benchmarks/targets.py` knows no small
+configuration, or the type is for something else.
 
 A type is more than its default settings; every model is tried with a small tree when it is first decoded with, see
 [limits](limits.md#targets).
