@@ -2,9 +2,9 @@
 
     python benchmarks/targets.py [TYPE ...] [--out docs/targets.md]
 
-A model of each type in `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` is built from a small config and decodes greedily in float32,
-with drafts that are often right: narrow and wide trees, one sequence and several, a sliding window that is smaller
-than the text. The verdict is one of
+A model of each type in `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` is built from a small config and decodes greedily in
+float32, with drafts that are often right: narrow and wide trees, one sequence and several, a sliding window that is
+smaller than the text. The verdict is one of
 
 * equal: each of these texts is plain decoding's;
 * refused: a ValueError that names the model, before anything was decoded;
@@ -25,7 +25,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,7 +50,8 @@ SIZES = dict(
     is_decoder=True,
     # of older models
     n_embd=32, n_layer=LAYERS, n_head=4, n_positions=512, n_inner=48, n_ctx=512, ffn_dim=48, d_model=32,
-    num_layers=LAYERS, num_heads=4, ffn_hidden_size=48, word_embed_proj_dim=32, rotary_dim=8, n_heads=4, n_layers=LAYERS,
+    num_layers=LAYERS, num_heads=4, ffn_hidden_size=48, word_embed_proj_dim=32, rotary_dim=8, n_heads=4,
+        n_layers=LAYERS,
     max_seq_len=512, decoder_layers=LAYERS, decoder_attention_heads=4, decoder_ffn_dim=48, init_std=0.5,
     embedding_size=32, init_range=0.5, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0,
     # of experts
@@ -73,13 +74,15 @@ DEFAULT = object()
 OWN: dict[str, dict] = {
     "bailing_hybrid": dict(layer_group_size=2),
     "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1, 3]),
-    "cohere_compass_text": dict(rope_parameters=dict.fromkeys(("full_attention", "sliding_attention"), _ROPE), **_ALTERNATING),
+    "cohere_compass_text": dict(rope_parameters=dict.fromkeys(("full_attention", "sliding_attention"), _ROPE),
+        **_ALTERNATING),
     "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
                  ffn_config=dict(ffn_hidden_size=48, moe_num_experts=4, moe_top_k=2), num_key_value_heads=2),
     "dory": dict(n_input_layers=1, n_output_layers=1, **_ALTERNATING),
     "gemma3n_text": {**_ALTERNATING, "intermediate_size": [48] * LAYERS, "laurel_rank": 4,
                      "activation_sparsity_pattern": [0.0] * LAYERS},
-    "gemma3": dict(vision_config=dict(model_type="siglip_vision_model", image_size=8, patch_size=4), mm_tokens_per_image=4,
+    "gemma3": dict(vision_config=dict(model_type="siglip_vision_model", image_size=8, patch_size=4),
+        mm_tokens_per_image=4,
                    text_config=_ALTERNATING),
     "gemma4": dict(text_config=_ALTERNATING, audio_config=None),
     "gemma4_text": _ALTERNATING,
@@ -95,7 +98,8 @@ OWN: dict[str, dict] = {
                        num_encoder_attention_heads=4, decoder_ffn_dim=48, pad_token_id=0),
     "rembert": dict(input_embedding_size=32, output_embedding_size=32),
     "fuyu": dict(text_config=dict(model_type="persimmon"), image_size=16, patch_size=8),
-    "got_ocr2": dict(text_config=dict(model_type="qwen2"), vision_config=dict(image_size=32, patch_size=8, output_channels=8)),
+    "got_ocr2": dict(text_config=dict(model_type="qwen2"), vision_config=dict(image_size=32, patch_size=8,
+        output_channels=8)),
     "xlm": dict(causal=True, pad_index=0, n_langs=1),
     "xmod": dict(languages=["en"], default_language="en"),
     "zaya": dict(num_experts_per_tok=1),
@@ -360,15 +364,17 @@ def _in_process(kind: str, sender) -> None:
 
 HEAD = """# Targets
 
-Each type of `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` in Transformers {version}, tiny and random, in float32 on a CPU: {counts}.
-`python benchmarks/targets.py --out docs/targets.md` makes this page, and a slow test makes it again and compares.
+Each type of `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` in Transformers {version}, tiny and random, in float32 on a CPU:
+{counts}. `python benchmarks/targets.py --out docs/targets.md` makes this page, and a slow test makes it again and
+compares.
 
-*equal* means that greedy texts are those of plain `generate`, token for token: one sequence and a padded batch of three,
-trees of up to 12 and 64 nodes and trees of width 2, drafts right at 80 percent of the positions, a sliding window of
-{window} where the type has one, and {new} new tokens that lead past it. How the tree attends follows: the *cascade*, or a
-*mask* over all keys where a model or its size of heads leaves no other way ([attention](how-it-works.md#attention)).
-*refused* means a `ValueError` that names the model, before anything is decoded. *not built* types have no model here that
-writes a text: `benchmarks/targets.py` knows no small configuration, or the type is for something else.
+*equal* means that greedy texts are those of plain `generate`, token for token: one sequence and a padded batch of
+three, trees of up to 12 and 64 nodes and trees of width 2, drafts right at 80 percent of the positions, a sliding
+window of {window} where the type has one, and {new} new tokens that lead past it. How the tree attends follows: the
+*cascade*, or a *mask* over all keys where a model or its size of heads leaves no other way
+([attention](how-it-works.md#attention)). *refused* means a `ValueError` that names the model, before anything is
+decoded. *not built* types have no model here that writes a text: `benchmarks/targets.py` knows no small
+configuration, or the type is for something else.
 
 A type is more than its default settings; every model is tried with a small tree when it is first decoded with, see
 [limits](limits.md#targets).

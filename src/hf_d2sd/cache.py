@@ -374,7 +374,7 @@ def check_supported(config, cache: Cache) -> None:
 
 def layer_windows(config) -> dict[str, int | None]:
     """The sliding window of each layer type of a decoder; `None` is full attention. Keys are Transformers' names."""
-    found = {}
+    found: dict[str, int | None] = {}
     for name, window in zip(_layer_types(config), _windows(config)):
         found.setdefault(name, window)  # the first of a type has keys and values of its own, and so a window
     found.pop(NO_CACHE, None)

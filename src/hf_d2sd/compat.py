@@ -7,7 +7,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -228,13 +227,6 @@ def is_quantized(model) -> bool:
     return getattr(model, "is_quantized", False) or any(
         type(p) not in plain or type(p.data) not in plain or not p.is_floating_point() for p in model.parameters()
     )
-
-
-def eagerly():
-    """Within, what was compiled runs as it was written: a pass of its own shape costs no compilation."""
-    if "torch._dynamo" not in sys.modules:  # nothing is, and to import it takes a second
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 # Continuous batching -------------------------------------------------------------------------------------------------

@@ -13,15 +13,15 @@ from transformers.utils import logging
 
 from .attention import TreeAttention
 from .cache import TreeCache
-from .compat import captured_layers, eagerly, forward, is_quantized, own_window, plain_positions, prompt_inputs
+from .compat import captured_layers, forward, is_quantized, own_window, plain_positions, prompt_inputs
 from .kernels import Facts
 from .target import Target
 from .tree import CandidateTree
 
 logger = logging.get_logger(__name__)
 
-# By which share of their own spread a node's logits may differ between two passes. Rounding grows with a network's depth;
-# wrong positions, or a mask that is not kept, make other logits altogether.
+# By which share of their own spread a node's logits may differ between two passes. Rounding grows with a network's
+# depth; wrong positions, or a mask that is not kept, make other logits altogether.
 _FINE, _COARSE, _QUANTIZED = 0.01, 0.1, 0.2  # from float32 on; below; of quantized weights
 _known: dict[tuple, str | None] = {}  # what was found, by what it depends on
 _seen: "weakref.WeakKeyDictionary[object, dict]" = weakref.WeakKeyDictionary()  # the same by model, found faster
@@ -76,7 +76,7 @@ def _probe(model, attention: TreeAttention) -> str | None:
         return None
     ids = _tokens(model, _PREFIX + 1 + _BRANCHES * _DEPTH)
     try:
-        with torch.no_grad(), eagerly():
+        with torch.no_grad():
             plain, of_tree = _both_ways(model, attention, ids)
     except torch.OutOfMemoryError:
         raise

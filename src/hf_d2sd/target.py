@@ -63,8 +63,8 @@ class Target:
         keeps_left_rows: bool = False,
     ):
         self.model, self.cache = model, cache
-        known = isinstance(backend, TreeAttention)
-        self.attention = backend if known else TreeAttention.for_model(model, backend)
+        given = backend if isinstance(backend, TreeAttention) else None
+        self.attention = given or TreeAttention.for_model(model, backend if isinstance(backend, str) else None)
         self.device = execution_device(model.get_input_embeddings())
         self.run: Callable = model  # of trees; or compiled, for passes of a fixed shape
         self.rows = list(range(rows))  # which rows of the batch are still in it
