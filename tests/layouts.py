@@ -244,7 +244,9 @@ def dflash2_drafts(tensors: dict, hidden: torch.Tensor, head: torch.Tensor, befo
     for state in hidden:
         logits = 4.0 * torch.tanh(0.5 * (head @ state) / 4.0)
         best = logits.topk(5).indices
-        named = {name: tensors[f"candidate_selector.{name}"] for name in ("predecessor_codebook", "successor_codebook")}
+        named = {
+            name: tensors[f"candidate_selector.{name}"] for name in ("predecessor_codebook", "successor_codebook")
+        }
         context = named["predecessor_codebook"][before] * (
             tensors["candidate_selector.hidden_projection.weight"] @ state
         )

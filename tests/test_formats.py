@@ -27,11 +27,13 @@ from layouts import (
     weights,
 )
 from safetensors.torch import load_file, save_file
-from tiny import LAYERS, VOCAB, WIDTH, prompt, tiny_drafter, tiny_target
+from test_training import random_blocks, random_rows
+from tiny import LAYERS, VOCAB, WIDTH, OracleDrafts, prompt, tiny_drafter, tiny_target
 from transformers import AutoModel
 from transformers.cache_utils import DFlashCache
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel, hub
+from hf_d2sd.apps.parity import decoding_logits, training_logits
 from hf_d2sd.candidates import Draft
 from hf_d2sd.cli import main
 from hf_d2sd.drafting import Drafter, draft_head
@@ -39,7 +41,9 @@ from hf_d2sd.hub.export import ExportOptions, export
 from hf_d2sd.modeling import CACHE_NAME, formats_d2sd
 from hf_d2sd.modeling.formats_d2sd import FORMATS, Format, format_of
 from hf_d2sd.modeling.weights_d2sd import drafter_shapes
+from hf_d2sd.prefixes import select_prefix_lengths
 from hf_d2sd.target import TargetPass
+from hf_d2sd.training.drafters import Trainee
 
 ROOT = Path(__file__).parents[1]
 GAMMA, CONTEXT = 5, 9
@@ -452,7 +456,10 @@ class TestDSpark:
         [
             (dict(markov_head_type="rnn"), "another Markov head: markov_head_type is 'rnn'"),
             (dict(markov_head_type=None), "incomplete DSpark: its config has no markov_head_type"),
-            (dict(confidence_head_with_markov=None), "incomplete DSpark: its config has no confidence_head_with_markov"),
+            (
+                dict(confidence_head_with_markov=None),
+                "incomplete DSpark: its config has no confidence_head_with_markov",
+            ),
             (dict(target_layer_ids=[-1, 2]), "-1 is the embedding's output"),
             (dict(dspark_bonus_anchor=True), "drafts from its masks: dspark_bonus_anchor"),
             (dict(sample_from_anchor=False), "drafts from its masks: sample_from_anchor"),
@@ -472,6 +479,80 @@ class TestDSpark:
     def test_an_incomplete_or_mixed_one_is_refused_by_name(self, changes, name, tmp_path):
         with pytest.raises(ValueError, match=name):
             load(dspark(tmp_path, **changes))
+
+
+class TestBothKinds:
+    """What holds of DFlash 2 and DSpark alike, elsewhere than in eager decoding."""
+
+    WRITERS = {"dflash2": dflash2, "dspark": dspark}
+
+    @pytest.mark.parametrize("kind", WRITERS)
+    def test_decoding_and_the_trainings_forward_agree(self, kind, tmp_path):
+        model, row = load(self.WRITERS[kind](tmp_path)), random_rows(24)[0]
+        places = [(anchor, v) for anchor in (6, 13) for v in (0, 2)]
+        wanted = training_logits(tiny_target(), model, row, places)
+        seen = [logits for anchor in (6, 13) for logits in decoding_logits(tiny_target(), model, row, anchor, [0, 2])]
+        assert len(wanted) == len(seen) == 4
+        for one, other in zip(wanted, seen):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", WRITERS)
+    def test_its_path_head_can_be_trained_alone(self, kind, tmp_path):
+        model = load(self.WRITERS[kind](tmp_path))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainee = Trainee(model, tiny_target(), path_head_alone=True)
+        blocks = random_blocks(model, random_rows(20, 24))
+        optimizer = torch.optim.AdamW([p for p in trainee.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(12):
+            loss = trainee(blocks)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed == {name for name in before if name.startswith("path_head.")}
+
+    @pytest.mark.parametrize("width", [1, pytest.param(4, marks=pytest.mark.slow)])
+    def test_cycles_of_fixed_shapes_give_the_same_text(self, width, tmp_path):
+        torch._dynamo.reset()
+        first, second = dspark(tmp_path / "a"), dflash2(tmp_path / "b", inner={"block_size": 7})
+        pair = D2SDAssistant.from_drafters(first, second, tree_width=width, tree_budget=12)
+        pair.compile(backend="eager")
+        options = dict(do_sample=False, max_new_tokens=16)
+        ours = tiny_target().generate(prompt(), assistant_model=pair, **options)
+        assert ours.tolist() == tiny_target().generate(prompt(), **options).tolist()
+        torch._dynamo.reset()
+
+    def test_right_drafts_are_accepted_whole(self, tmp_path, monkeypatch):
+        target, options = tiny_target(), dict(do_sample=False, max_new_tokens=24)
+        plain = target.generate(prompt(), **options)
+        OracleDrafts(monkeypatch, plain[0], accuracy=1.0)
+        pair = D2SDAssistant.from_drafters(dspark(tmp_path / "a"), dflash2(tmp_path / "b"))
+        assert torch.equal(target.generate(prompt(), assistant_model=pair, **options), plain)
+        assert max(pair.last_stats.committed_per_cycle) == 5
+
+    def test_a_pair_is_saved_in_this_librarys_layout_and_loaded(self, tmp_path):
+        pair = D2SDAssistant.from_drafters(dspark(tmp_path / "a"), dflash2(tmp_path / "b"))
+        pair.save_pretrained(tmp_path / "pair")
+        again = D2SDAssistant.from_pretrained(tmp_path / "pair")
+        state = again.state_dict()
+        assert state.keys() == pair.state_dict().keys()
+        assert all(torch.equal(state[name], value) for name, value in pair.state_dict().items())
+        assert again.config.first.confidence_head == "path" and again.config.second.path_kind == "selector"
+
+    def test_the_confidence_head_chooses_the_prefixes(self, tmp_path):
+        """Whatever the tokens' probabilities: all of a block that it trusts, nothing of one that it does not."""
+        model = load(dspark(tmp_path))
+        with torch.no_grad():
+            model.confidence_head.proj.weight.zero_()
+            for value, said in ((8.0, 1.0), (-8.0, 0.0)):
+                model.confidence_head.proj.bias.fill_(value)
+                draft = at_work(model)[0].draft(torch.tensor(ANCHORS), GAMMA)
+                torch.testing.assert_close(draft.best_confidence, torch.full((2, 1, 4), said), atol=1e-3, rtol=0)
+                lengths = select_prefix_lengths(draft.best_confidence[:, 0], 1, GAMMA + 1)
+                assert lengths.tolist() == [[4 * int(said)]] * 2
 
 
 class TestPublishedConfigs:

@@ -384,7 +384,7 @@ class D2SDPreTrainedModel(PreTrainedModel):
 
 
 class D2SDDrafterModel(D2SDPreTrainedModel):
-    """One block-diffusion drafter. It has no embedding and, mostly, no head: both are the target's.
+    """One block-diffusion drafter. Mostly it has no embedding and no head: both are the target's.
 
     Tensor names follow the public DFlash checkpoints. In the first role one token of the block is visible, the
     anchor; in the second, the anchor and a kept prefix. Both run natively in Transformers as a DFlash assistant:
