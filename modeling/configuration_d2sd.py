@@ -85,8 +85,8 @@ class D2SDDrafterConfig(_CheckedConfig):
         input_embedding_scale (`float`, *optional*): where set, the scale that the target's embedding has to have.
         feature_fusion (`str`): `"shared"`, one projection of the features for all layers, or `"layerwise"`: each layer
             first weighs the target's layers in a way of its own (after DFlare, arXiv 2606.02091).
-        path_rank (`int`, *optional*): rank of the path head, which corrects a slot's logits by the token before it; `None`
-            for a drafter without one, whose positions know nothing of each other's tokens.
+        path_rank (`int`, *optional*): rank of the path head, which corrects a slot's logits by the token before it;
+            `None` for a drafter without one, whose positions know nothing of each other's tokens.
         path_kind (`str`): what the path head computes: `"projection"`, ours, of the target's embedding and head;
             `"selector"`, DFlash 2's, of a codebook each for the token before and the one at the slot; `"markov"` or
             `"gated_markov"`, DSpark's, of two tables.
@@ -94,7 +94,8 @@ class D2SDDrafterConfig(_CheckedConfig):
             rank.
         path_candidates (`int`): how many of a slot's likeliest tokens the path head scores.
         confidence_head (`str`, *optional*): where set, the drafter says itself how likely a drafted token is to be
-            accepted, from `"slot"`, its hidden state, or `"path"`, that and the path head's vector of the token before.
+            accepted, from `"slot"`, its hidden state, or `"path"`, that and the path head's vector of the token
+            before.
         confidence_temperatures (`list[float]`, *optional*): for each of the γ-1 drafted positions, what its logits
             are divided by before the confidence is taken; fitted by `hf-d2sd calibrate`.
         tokenizer_fingerprint (`str`, *optional*): see `hf_d2sd.tokenizer_fingerprint`; where set, a target's

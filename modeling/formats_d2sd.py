@@ -463,8 +463,8 @@ class DSparkFormat(Format):
     engines = "vLLM, SGLang"
     architecture = "Qwen3DSparkModel"
     own_keys = ("markov_rank", "markov_head_type", "enable_confidence_head")
-    _kinds = {"vanilla": "markov", "gated": "gated_markov"}
-    _candidates = 64  # its own decoding corrects the logits of all tokens
+    head_types = {"vanilla": "markov", "gated": "gated_markov"}
+    candidates = 64  # its own decoding corrects the logits of all tokens
 
     def detect(self, config: dict) -> bool:
         return _drafters_named(config) == {self.architecture}
@@ -491,8 +491,8 @@ class DSparkFormat(Format):
                 "own_embedding": True,
                 "drafts_from_anchor": True,
                 "path_rank": rank,
-                "path_kind": self._kinds[config["markov_head_type"]] if rank else None,
-                "path_candidates": extras.get("path_candidates", self._candidates),
+                "path_kind": self.head_types[config["markov_head_type"]] if rank else None,
+                "path_candidates": extras.get("path_candidates", self.candidates),
                 "confidence_head": confidence,
                 **_read_extras(config),
             }
@@ -512,7 +512,7 @@ class DSparkFormat(Format):
         lacking = [name for name in wanted if config.get(name) is None]
         if lacking:
             _refuse(f"This is an incomplete DSpark: its config has no {', '.join(lacking)}")
-        if config.get("markov_rank") and config["markov_head_type"] not in self._kinds:
+        if config.get("markov_rank") and config["markov_head_type"] not in self.head_types:
             _refuse(f"This is DSpark with another Markov head: markov_head_type is {config['markov_head_type']!r}")
         if min(config.get("target_layer_ids") or [0]) < 0:
             _refuse(f"target_layer_ids is {config['target_layer_ids']}: -1 is the embedding's output, no layer's")
@@ -533,7 +533,7 @@ class DSparkFormat(Format):
             "its LM head is the target's": not config.own_head,
             f"draft_vocab_size is {config.draft_vocab_size}": config.draft_vocab_size is not None,
             "its path head is no Markov head": config.path_rank is not None
-            and config.path_kind not in self._kinds.values(),
+            and config.path_kind not in self.head_types.values(),
             "it has windows": "sliding_attention" in config.layer_types,
             "its layers are causal": bool(_causal_types(config)),
             f"target_hidden_size is {config.target_hidden_size}": config.target_hidden_size != config.hidden_size,
@@ -546,9 +546,9 @@ class DSparkFormat(Format):
         self, config: PreTrainedConfig, tensors: dict[str, Tensor], target: TargetParts | None
     ) -> tuple[dict, dict[str, Tensor]]:
         extras = _write_extras(config, said=("num_target_layers",)).get("d2sd", {})
-        if config.path_rank is not None and config.path_candidates != self._candidates:
+        if config.path_rank is not None and config.path_candidates != self.candidates:
             extras["path_candidates"] = config.path_candidates
-        head_types = {kind: name for name, kind in self._kinds.items()}
+        names = {kind: name for name, kind in self.head_types.items()}
         written = {
             **_write_layers(config),
             "architectures": [self.architecture],
@@ -558,7 +558,7 @@ class DSparkFormat(Format):
             "num_target_layers": config.num_target_layers,
             "num_anchors": 512,  # of training alone; its reader wants it
             "markov_rank": config.path_rank or 0,
-            "markov_head_type": head_types[config.path_kind] if config.path_rank else None,
+            "markov_head_type": names[config.path_kind] if config.path_rank else None,
             "enable_confidence_head": config.confidence_head is not None,
             "confidence_head_with_markov": config.confidence_head == "path" if config.confidence_head else None,
             "d2sd": extras or None,

@@ -142,8 +142,8 @@ class D2SDDecoderLayer(nn.Module):
         if self.attention_conv is None:
             hidden_states = hidden_states + self.self_attn(normed, context, **kwargs)
             return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        attend = partial(self.self_attn, context=context, **kwargs)
-        hidden_states = hidden_states + self.attention_conv(normed, attend, block_slots)
+        attended = self.attention_conv(normed, lambda states: self.self_attn(states, context, **kwargs), block_slots)
+        hidden_states = hidden_states + attended
         normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + self.mlp_conv(normed, self.mlp, block_slots)
 
@@ -437,7 +437,6 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
         cache: Cache | None = None,
         use_cache: bool | None = None,
         past_key_values: Cache | None = None,
-        block_slots: int | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Denoise blocks of token embeddings, given features of the committed tokens.
@@ -452,7 +451,8 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             cache: keys and values of the earlier context. The new context's and the block's are appended; whoever
                 calls drops the block's.
             past_key_values: the name of `cache` before Transformers 5.24.
-            block_slots: how many of the Q slots are a block, where several stand side by side; all by default.
+            kwargs: for the layers: `block_slots`, how many of the Q slots are a block, where several stand side by
+                side (all by default; convolutions ask), and what the attention takes.
 
         Returns:
             `last_hidden_state` (B, Q, hidden_size), to be read by the target's LM head: slot k predicts the token at
@@ -472,7 +472,7 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
         hidden_states, position_embeddings = noise_embeds, self.rotary_emb(noise_embeds, position_ids)
         for layer, layer_type, context in zip(self.layers, self.config.layer_types, contexts):
             shared = dict(position_embeddings=position_embeddings, attention_mask=masks[layer_type], cache=cache)
-            hidden_states = layer(hidden_states, context, block_slots=block_slots, **shared, **kwargs)
+            hidden_states = layer(hidden_states, context, **shared, **kwargs)
         return drafted(self.norm(hidden_states), cache if use_cache else None)
 
     def _contexts(self, features: Tensor) -> list[Tensor]:

@@ -121,7 +121,7 @@ def test_a_pruned_drafter_takes_the_targets_rows_along(target, tmp_path):
 @pytest.mark.parametrize("format", ["dflash2", "dspark"])
 @pytest.mark.parametrize("change", ["", "other"])
 def test_public_drafters_with_path_heads_go_there_and_back_to_the_byte(format, change, tmp_path):
-    """Read from their layout and written in it, a checkpoint has the tensors that it came with, and its keys' values."""
+    """Read from their layout and written in it, a checkpoint has its own tensors and the values of its keys."""
     writer, keys = {"dflash2": (dflash2, DFLASH2_KEYS), "dspark": (dspark, DSPARK_KEYS)}[format]
     others = {
         "dflash2": dict(inner={"input_embedding_scale": 1.0, "final_logit_softcapping": 30.0}),

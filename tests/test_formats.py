@@ -11,7 +11,6 @@ import torch
 from layouts import (
     DFLASH2_KEYS,
     DFLASH_KEYS,
-    DSPARK_KEYS,
     LAYER_KEYS,
     SPECULATORS_KEYS,
     dflash,

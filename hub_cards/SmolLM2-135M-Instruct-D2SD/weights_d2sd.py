@@ -102,7 +102,7 @@ def _gated_markov_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]
     return _markov_shapes(config) | gate
 
 
-def _path_tables(config: PreTrainedConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+def _path_tables(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of tokens that stand before a slot, whatever tokens they are, and of those that are drafted at it."""
     return (config.vocab_size, config.path_rank), (config.draft_vocab_size or config.vocab_size, config.path_rank)
 
