@@ -17,7 +17,6 @@ from equality import PAIR
 from smollm2 import load_smollm2
 
 from hf_d2sd import D2SDAssistant, records
-from hf_d2sd.drafting import head_rows
 from hf_d2sd.paths import conditional, rest
 from hf_d2sd.training.blocks import NO_LABEL, cut_blocks, draw_anchors, draw_prefix_lengths, true_tokens
 from hf_d2sd.training.drafters import Trainee
@@ -38,7 +37,7 @@ def count(model, target, rows, args) -> dict:
         lengths = draw_prefix_lengths(anchors.shape, model.config.block_size, base, generator)
         features = compute_features(target, batch, model.config.target_layer_ids)
         blocks = cut_blocks(batch, features, anchors, lengths, model.config)
-        for kind, right in judged(trainee, model, target, blocks, candidates).items():
+        for kind, right in judged(trainee, model, blocks, candidates).items():
             seen = sums.setdefault(kind, [0, 0])
             seen[0] += len(right)
             seen[1] += int(right.sum())
@@ -47,7 +46,7 @@ def count(model, target, rows, args) -> dict:
     }
 
 
-def judged(trainee: Trainee, model, target, blocks, candidates: int) -> dict[str, torch.Tensor]:
+def judged(trainee: Trainee, model, blocks, candidates: int) -> dict[str, torch.Tensor]:
     """By kind of place and with or without the head, whether each next token is right."""
     labelled, truth = blocks.labels != NO_LABEL, true_tokens(blocks)
     hidden = trainee.hidden(blocks)
@@ -56,8 +55,8 @@ def judged(trainee: Trainee, model, target, blocks, candidates: int) -> dict[str
     tokens = best.indices if model.config.draft_vocab_size is None else model.draft_token_ids[best.indices]
     drafts = {"without head": tokens[..., 0]}
     if model.path_head is not None:
-        before = target.get_input_embeddings()(truth.roll(1, -1))[..., None, :].to(hidden.dtype)
-        rows = head_rows(model, target.get_output_embeddings())(best.indices, tokens).to(hidden.dtype)
+        before = trainee._before(truth.roll(1, -1))[..., None, :].to(hidden.dtype)
+        rows = trainee._path_parts.rows(best.indices).to(hidden.dtype)
         others = rest(best.values, logits.logsumexp(-1))
         chosen = conditional(best.values, model.path_head(hidden, before, rows), others)[..., 0, :].argmax(-1)
         drafts["with head"] = tokens.gather(-1, chosen[..., None])[..., 0]

@@ -7,6 +7,7 @@ This file is also the Hub's remote code for drafter repositories: it needs torch
 import os
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -92,20 +93,105 @@ class D2SDAttention(nn.Module):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1))
 
 
+class D2SDConvolution(nn.Module):
+    """A short convolution over a block's slots before a sublayer, and one after it; both see earlier slots alone.
+
+    A kernel is the sum of one that is learned for every channel and one that the slot's own state makes for each group
+    of neighbouring channels: DFlash 2's grouped dynamic convolution.
+    """
+
+    def __init__(self, config: D2SDDrafterConfig):
+        super().__init__()
+        self.taps, self.groups = config.conv_kernel_size, config.hidden_size // config.conv_group_size
+        self.base_kernel = nn.Parameter(torch.zeros(2, self.taps, config.hidden_size))
+        self.kernel_projection = nn.Linear(config.hidden_size, 2 * self.taps * self.groups, bias=False)
+
+    def forward(self, hidden: Tensor, sublayer: Callable[[Tensor], Tensor], block_slots: int | None) -> Tensor:
+        """(B, Q, H), the sublayer's output for states (B, Q, H), of which each `block_slots` are a block."""
+        slots = hidden.shape[1] if block_slots is None else block_slots
+        kernels = self.kernel_projection(hidden).unflatten(-1, (2, self.taps, self.groups))
+        before, after = kernels.unbind(2)  # (B, Q, taps, groups)
+        output = sublayer(self._mixed(hidden, before, self.base_kernel[0], slots))
+        return self._mixed(output, after, self.base_kernel[1], slots)
+
+    def _mixed(self, hidden: Tensor, dynamic: Tensor, base: Tensor, slots: int) -> Tensor:
+        """Σ_o kernel_o ⊙ state of the slot o places before, in the same block; `base` (taps, H)."""
+        blocks = hidden.reshape(-1, slots, self.groups, hidden.shape[-1] // self.groups)  # (N, slots, groups, size)
+        dynamic = dynamic.reshape(-1, slots, self.taps, self.groups, 1)
+        base = base.to(hidden.dtype).view(self.taps, *blocks.shape[2:])
+        mixed = blocks * (dynamic[:, :, 0] + base[0])
+        for tap in range(1, min(self.taps, slots)):
+            earlier = nn.functional.pad(blocks[:, :-tap], (0, 0, 0, 0, tap, 0))
+            mixed = mixed + earlier * (dynamic[:, :, tap] + base[tap])
+        return mixed.view_as(hidden)
+
+
 class D2SDDecoderLayer(nn.Module):
     def __init__(self, config: D2SDDrafterConfig, layer_idx: int):
         super().__init__()
+        has_convolutions = config.conv_kernel_size is not None
+        self.attention_conv = D2SDConvolution(config) if has_convolutions else None
+        self.mlp_conv = D2SDConvolution(config) if has_convolutions else None
         self.self_attn = D2SDAttention(config, layer_idx)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, context: Tensor, **kwargs) -> Tensor:
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), context, **kwargs)
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    def forward(self, hidden_states: Tensor, context: Tensor, block_slots: int | None = None, **kwargs) -> Tensor:
+        normed = self.input_layernorm(hidden_states)
+        if self.attention_conv is None:
+            hidden_states = hidden_states + self.self_attn(normed, context, **kwargs)
+            return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        attended = self.attention_conv(normed, lambda states: self.self_attn(states, context, **kwargs), block_slots)
+        hidden_states = hidden_states + attended
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + self.mlp_conv(normed, self.mlp, block_slots)
 
 
-class D2SDPathHead(nn.Module):
+class PathHead(nn.Module):
+    """What all kinds of path heads have in common: scores are products of a state and the candidates' keys.
+
+    `dropout` is for training, of the kinds that have any.
+    """
+
+    dropout = 0.0
+
+    def __init__(self, config: D2SDDrafterConfig):
+        super().__init__()
+
+    def reset(self) -> None:
+        """Make it a new one, whose scores are all 0."""
+        raise NotImplementedError
+
+    def tables(self, embed: Callable, rows: Callable) -> tuple[Callable, Callable]:
+        """What gives the vectors of tokens before a slot, and of candidates at places of the draft vocabulary.
+
+        Args:
+            embed: what embeds tokens; rows: what gives rows of the LM head. They are used where it has no tables.
+        """
+        return embed, rows
+
+    def states(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        """(..., A, rank): of slots (..., H) after each of A tokens, whose vectors are `previous` (..., A, P)."""
+        raise NotImplementedError
+
+    def keys(self, candidates: Tensor) -> Tensor:
+        """(..., C, rank), of C candidates' vectors."""
+        return candidates
+
+    def forward(self, hidden: Tensor, previous: Tensor, candidates: Tensor) -> Tensor:
+        """(..., A, C) in float32: the scores of C candidates after each of A tokens.
+
+        Args:
+            hidden: (..., H), last hidden states of slots.
+            previous: (..., A, P), vectors of tokens that may stand before the slot, see `tables`.
+            candidates: (..., C, R), vectors of tokens that may stand at it.
+        """
+        states, keys = self.states(hidden, previous), self.keys(candidates)
+        return states.float() @ keys.float().transpose(-1, -2)
+
+
+class D2SDPathHead(PathHead):
     """s(a, b | h): how much likelier candidate b is at a slot h because token a stands before it.
 
     A block drafter says of each slot what may stand there, whatever stands in the others. This makes it conditional:
@@ -115,10 +201,8 @@ class D2SDPathHead(nn.Module):
     `dropout` is for training: slots' hidden states name their rows, and are soon known by heart.
     """
 
-    dropout = 0.0
-
     def __init__(self, config: D2SDDrafterConfig):
-        super().__init__()
+        super().__init__(config)
         hidden, width, rank = config.hidden_size, config.path_width, config.path_rank
         self.slot = nn.Linear(hidden, width, bias=False)
         self.previous = nn.Linear(hidden, width, bias=False)
@@ -127,27 +211,104 @@ class D2SDPathHead(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Make it a new one, whose scores are all 0."""
         for part in (self.slot, self.previous, self.state):
             part.weight.normal_(std=part.in_features**-0.5)
         self.candidate.weight.zero_()
 
     def states(self, hidden: Tensor, previous: Tensor) -> Tensor:
-        """(..., A, rank): of slots (..., H) after each of A tokens, whose embeddings are `previous` (..., A, H)."""
         drop = partial(nn.functional.dropout, p=self.dropout, training=self.training)
         mixed = self.slot(drop(_normed(hidden)))[..., None, :] + self.previous(_normed(previous))
         return self.state(drop(nn.functional.silu(mixed)))
 
-    def forward(self, hidden: Tensor, previous: Tensor, candidates: Tensor) -> Tensor:
-        """(..., A, C) in float32: the scores of C candidates after each of A tokens.
+    def keys(self, candidates: Tensor) -> Tensor:
+        return self.candidate(_normed(candidates))
+
+
+class D2SDSelectorHead(PathHead):
+    """DFlash 2's candidate selector: ⟨predecessor[a] ⊙ projected h, successor[b]⟩, of two codebooks of its own."""
+
+    def __init__(self, config: D2SDDrafterConfig):
+        super().__init__(config)
+        vocab, rank = config.vocab_size, config.path_rank
+        self.predecessor_codebook = nn.Parameter(torch.empty(vocab, rank))
+        self.successor_codebook = nn.Parameter(torch.empty(config.draft_vocab_size or vocab, rank))
+        self.hidden_projection = nn.Linear(config.hidden_size, rank, bias=False)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.hidden_projection.weight.normal_(std=self.hidden_projection.in_features**-0.5)
+        self.predecessor_codebook.normal_()
+        self.successor_codebook.zero_()
+
+    def tables(self, embed: Callable, rows: Callable) -> tuple[Callable, Callable]:
+        return (lambda a: _look_up(self.predecessor_codebook, a)), (lambda b: _look_up(self.successor_codebook, b))
+
+    def states(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        return previous * self.hidden_projection(hidden)[..., None, :]
+
+
+class D2SDMarkovHead(PathHead):
+    """DSpark's Markov head: ⟨w1[a], w2[b]⟩, whatever the slot."""
+
+    def __init__(self, config: D2SDDrafterConfig):
+        super().__init__(config)
+        self.markov_w1 = nn.Embedding(config.vocab_size, config.path_rank)
+        self.markov_w2 = nn.Linear(config.path_rank, config.draft_vocab_size or config.vocab_size, bias=False)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        self.markov_w1.weight.normal_()
+        self.markov_w2.weight.zero_()
+
+    def tables(self, embed: Callable, rows: Callable) -> tuple[Callable, Callable]:
+        return (lambda a: _look_up(self.markov_w1.weight, a)), (lambda b: _look_up(self.markov_w2.weight, b))
+
+    def states(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        return previous
+
+
+class D2SDGatedMarkovHead(D2SDMarkovHead):
+    """The same with w1[a] gated, channel by channel, by the slot and w1[a] itself."""
+
+    def __init__(self, config: D2SDDrafterConfig):
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size + config.path_rank, config.path_rank)
+
+    def states(self, hidden: Tensor, previous: Tensor) -> Tensor:
+        slots = hidden[..., None, :].expand(*previous.shape[:-1], -1)
+        return self.gate_proj(torch.cat([slots, previous], dim=-1)).sigmoid() * previous
+
+
+def _look_up(table: Tensor, tokens: Tensor) -> Tensor:
+    return nn.functional.embedding(tokens.to(table.device), table)
+
+
+# By `path_kind`.
+PATH_HEADS: dict[str, type[PathHead]] = {
+    "projection": D2SDPathHead,
+    "selector": D2SDSelectorHead,
+    "markov": D2SDMarkovHead,
+    "gated_markov": D2SDGatedMarkovHead,
+}
+
+
+class D2SDConfidenceHead(nn.Module):
+    """How likely a slot's token is to be accepted, if those before it are: DSpark's confidence head."""
+
+    def __init__(self, config: D2SDDrafterConfig):
+        super().__init__()
+        self.with_previous = config.confidence_head == "path"
+        self.proj = nn.Linear(config.hidden_size + (config.path_rank if self.with_previous else 0), 1)
+
+    def forward(self, hidden: Tensor, previous: Tensor | None) -> Tensor:
+        """(...,) in float32.
 
         Args:
-            hidden: (..., H), last hidden states of slots.
-            previous: (..., A, H), embeddings of tokens that may stand before the slot.
-            candidates: (..., C, H), rows of the LM head of tokens that may stand at it.
+            hidden: (..., H), of slots.
+            previous: (..., P), vectors of the tokens before them, see `PathHead.tables`; not read by some.
         """
-        states, keys = self.states(hidden, previous), self.candidate(_normed(candidates))
-        return states.float() @ keys.float().transpose(-1, -2)
+        inputs = [hidden] if not self.with_previous or previous is None else [hidden, previous.to(hidden.dtype)]
+        return self.proj(torch.cat(inputs, dim=-1))[..., 0].float().sigmoid()
 
 
 def _normed(vectors: Tensor) -> Tensor:
@@ -223,7 +384,7 @@ class D2SDPreTrainedModel(PreTrainedModel):
 
 
 class D2SDDrafterModel(D2SDPreTrainedModel):
-    """One block-diffusion drafter. It has no embedding and, mostly, no head: both are the target's.
+    """One block-diffusion drafter. Mostly it has no embedding and no head: both are the target's.
 
     Tensor names follow the public DFlash checkpoints. In the first role one token of the block is visible, the
     anchor; in the second, the anchor and a kept prefix. Both run natively in Transformers as a DFlash assistant:
@@ -241,7 +402,10 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             self.layer_weights = nn.Parameter(torch.ones(config.num_hidden_layers, len(config.target_layer_ids)))
         if config.draft_vocab_size is not None:
             self.register_buffer("draft_token_ids", torch.arange(config.draft_vocab_size))
-        self.path_head = D2SDPathHead(config) if config.path_rank is not None else None
+        self.path_head = PATH_HEADS[config.path_kind](config) if config.path_rank is not None else None
+        self.confidence_head = D2SDConfidenceHead(config) if config.confidence_head is not None else None
+        if config.own_embedding:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.own_head:
             self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size or config.vocab_size, bias=False)
         self.post_init()
@@ -259,6 +423,10 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             module.draft_token_ids.copy_(ids)
         if isinstance(module, D2SDDrafterModel) and module.config.feature_fusion == "layerwise":
             nn.init.ones_(module.layer_weights)
+        if isinstance(module, D2SDConvolution):  # it passes its input through
+            nn.init.zeros_(module.base_kernel)
+            nn.init.ones_(module.base_kernel[:, 0])
+            nn.init.zeros_(module.kernel_projection.weight)
 
     def forward(
         self,
@@ -283,10 +451,12 @@ class D2SDDrafterModel(D2SDPreTrainedModel):
             cache: keys and values of the earlier context. The new context's and the block's are appended; whoever
                 calls drops the block's.
             past_key_values: the name of `cache` before Transformers 5.24.
+            kwargs: for the layers: `block_slots`, how many of the Q slots are a block, where several stand side by
+                side (all by default; convolutions ask), and what the attention takes.
 
         Returns:
             `last_hidden_state` (B, Q, hidden_size), to be read by the target's LM head: slot k predicts the token at
-            slot k.
+            slot k, or the one after it if `config.drafts_from_anchor`.
         """
         cache = cache if cache is not None else past_key_values
         if use_cache and cache is None:

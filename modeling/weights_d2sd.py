@@ -68,12 +68,52 @@ def drafter_shapes(config: PreTrainedConfig, prefix: str = "") -> dict[str, tupl
     if config.draft_vocab_size is not None:
         shapes["draft_token_ids"] = (config.draft_vocab_size,)
     if config.path_rank is not None:
-        rank, width = config.path_rank, config.path_width
-        shapes |= {f"path_head.{name}.weight": (width, hidden) for name in ("slot", "previous")}
-        shapes |= {"path_head.state.weight": (rank, width), "path_head.candidate.weight": (rank, hidden)}
+        shapes |= {f"path_head.{name}": shape for name, shape in PATH_KINDS[config.path_kind](config).items()}
+    if config.confidence_head is not None:
+        inputs = hidden + (config.path_rank if config.confidence_head == "path" else 0)
+        shapes |= {"confidence_head.proj.weight": (1, inputs), "confidence_head.proj.bias": (1,)}
+    if config.own_embedding:
+        shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
     if config.own_head:
         shapes["lm_head.weight"] = (config.draft_vocab_size or config.vocab_size, hidden)
     return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def _projection_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    hidden, rank, width = config.hidden_size, config.path_rank, config.path_width
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (width, hidden) for name in ("slot", "previous")}
+    return shapes | {"state.weight": (rank, width), "candidate.weight": (rank, hidden)}
+
+
+def _selector_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    before, at = _path_tables(config)
+    projection = {"hidden_projection.weight": (config.path_rank, config.hidden_size)}
+    return {"predecessor_codebook": before, "successor_codebook": at} | projection
+
+
+def _markov_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    before, at = _path_tables(config)
+    return {"markov_w1.weight": before, "markov_w2.weight": at}
+
+
+def _gated_markov_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    rank = config.path_rank
+    gate = {"gate_proj.weight": (rank, config.hidden_size + rank), "gate_proj.bias": (rank,)}
+    return _markov_shapes(config) | gate
+
+
+def _path_tables(config: PreTrainedConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of tokens that stand before a slot, whatever tokens they are, and of those that are drafted at it."""
+    return (config.vocab_size, config.path_rank), (config.draft_vocab_size or config.vocab_size, config.path_rank)
+
+
+# By `path_kind`, name and shape of a path head's tensors.
+PATH_KINDS: dict[str, Callable[[PreTrainedConfig], dict[str, tuple[int, ...]]]] = {
+    "projection": _projection_shapes,
+    "selector": _selector_shapes,
+    "markov": _markov_shapes,
+    "gated_markov": _gated_markov_shapes,
+}
 
 
 def _layer_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -90,6 +130,11 @@ def _layer_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
         layer[f"self_attn.{name}_proj.weight"] = shape
         if config.attention_bias:
             layer[f"self_attn.{name}_proj.bias"] = shape[:1]
+    if config.conv_kernel_size is not None:
+        taps, groups = config.conv_kernel_size, hidden // config.conv_group_size
+        for name in ("attention_conv", "mlp_conv"):
+            layer |= {f"{name}.base_kernel": (2, taps, hidden)}
+            layer |= {f"{name}.kernel_projection.weight": (2 * taps * groups, hidden)}
     if config.qk_norm:
         layer |= {"self_attn.q_norm.weight": (config.head_dim,), "self_attn.k_norm.weight": (config.head_dim,)}
     return layer
@@ -218,6 +263,7 @@ __all__ = [
     "MAX_BLOCK_SIZE",
     "MAX_LAYERS",
     "MAX_PATH_SIZE",
+    "PATH_KINDS",
     "check_references",
     "check_weights",
     "drafter_shapes",

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from layouts import weights
+from layouts import DFLASH2_KEYS, DSPARK_KEYS, dflash2, dspark, dspark_weights, weights
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import LAYERS, VOCAB, prompt, tiny_assistant, tiny_drafter, tiny_target
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterModel
@@ -117,9 +118,65 @@ def test_a_pruned_drafter_takes_the_targets_rows_along(target, tmp_path):
     assert torch.equal(third.lm_head.weight, again.lm_head.weight)
 
 
+@pytest.mark.parametrize("format", ["dflash2", "dspark"])
+@pytest.mark.parametrize("change", ["", "other"])
+def test_public_drafters_with_path_heads_go_there_and_back_to_the_byte(format, change, tmp_path):
+    """Read from their layout and written in it, a checkpoint has its own tensors and the values of its keys."""
+    writer, keys = {"dflash2": (dflash2, DFLASH2_KEYS), "dspark": (dspark, DSPARK_KEYS)}[format]
+    others = {
+        "dflash2": dict(inner={"input_embedding_scale": 1.0, "final_logit_softcapping": 30.0}),
+        "dspark": dict(tensors=dspark_weights(gated=True), markov_head_type="gated"),
+    }
+    source = writer(tmp_path / "source", **(others[format] if change else {}))
+    drafter = D2SDDrafterModel.from_pretrained(source)
+    again = written(drafter, tmp_path, format=format)
+    assert meaning(again) == meaning(drafter)
+    tensors, wanted = (load_file(folder / "model.safetensors") for folder in (tmp_path / "theirs", source))
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in wanted.items())
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    said = json.loads((source / "config.json").read_text())
+    passed_over = {"num_anchors", "dflash_config", "sliding_window", "use_sliding_window"}
+    compared = keys.keys() - passed_over
+    assert {name: config.get(name) for name in compared} == {name: said[name] for name in compared}
+    assert said.get("dflash_config", {}).items() <= config.get("dflash_config", {}).items()
+
+
+@torch.no_grad()
+def test_a_selector_without_convolutions_is_written_with_ones_that_change_nothing(tmp_path):
+    drafter = tiny_drafter(path_rank=4, path_kind="selector", path_candidates=5)
+    torch.nn.init.normal_(drafter.path_head.successor_codebook)
+    again = written(drafter, tmp_path, format="dflash2")
+    assert (again.config.conv_kernel_size, again.config.conv_group_size) == (2, 16)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 4, 32, generator=generator), torch.randn(1, 9, 64, generator=generator)
+    outputs = [model(noise_embeds=inputs[0], context_hidden_states=inputs[1]) for model in (drafter, again)]
+    assert torch.equal(*(output.last_hidden_state for output in outputs))
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in drafter.state_dict().items())
+
+
+@pytest.mark.parametrize("format", ["dflash", "speculators"])
+def test_our_own_path_head_is_left_out_and_said_to_be(format, target, tmp_path):
+    """It mixes the slot and the token before in a network: no product of tables says the same."""
+    drafter = tiny_drafter(path_rank=4)
+    drafter.save_pretrained(tmp_path / "ours")
+    said = export(ExportOptions(model=str(tmp_path / "ours"), out=tmp_path / "theirs", format=format, target=target))
+    assert len(said["left_out"]) == 1 and "path head (path_kind 'projection')" in said["left_out"][0]
+    again = D2SDDrafterModel.from_pretrained(tmp_path / "theirs")
+    assert again.path_head is None
+    assert again.state_dict().keys() == {name for name in drafter.state_dict() if not name.startswith("path_head.")}
+    assert "left_out" not in export(ExportOptions(model=str(tmp_path / "theirs"), out=tmp_path / "b", format="dflash"))
+
+
 @pytest.mark.parametrize(
     ("format", "change", "reason"),
     [
+        ("dflash2", dict(path_rank=4), "its path head is no selector .dflash leaves it out"),
+        ("dflash2", {}, "it has no path head .dflash can say it"),
+        ("dspark", dict(path_rank=4), "its anchor's slot drafts nothing; .*its path head is no Markov head"),
+        ("dflash", dict(conv_kernel_size=2, conv_group_size=8), "it has convolutions .dflash2 can say it"),
+        ("dflash", dict(drafts_from_anchor=True), "its anchor's slot drafts .dspark can say it"),
+        ("speculators", dict(own_embedding=True), "an embedding of its own .dspark can say it"),
         ("dflash", dict(draft_vocab_size=5), "draft_vocab_size is 5 .speculators can say it"),
         ("dflash", dict(feature_fusion="layerwise"), "feature_fusion is 'layerwise'"),
         ("speculators", dict(feature_fusion="layerwise", qk_norm=False), "'layerwise'; qk_norm is False"),
@@ -151,20 +208,24 @@ def test_either_drafter_of_a_pair_is_written_by_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize("format", ["d2sd", "muse_glimmer_assistant"])
 def test_what_is_only_read_says_so(format, tmp_path):
-    with pytest.raises(ValueError, match=f"not exported in the format '{format}', but in dflash, speculators"):
+    with pytest.raises(
+        ValueError, match=f"not exported in the format '{format}', but in dflash, dflash2, dspark, speculators"
+    ):
         written(tiny_drafter(), tmp_path, format=format)
     assert not (tmp_path / "theirs").exists()
 
 
 def test_a_format_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="no format 'gguf'; drafters are exported in dflash, speculators"):
+    with pytest.raises(
+        ValueError, match="no format 'gguf'; drafters are exported in dflash, dflash2, dspark, speculators"
+    ):
         written(tiny_drafter(), tmp_path, format="gguf")
 
 
 def test_the_command_offers_the_formats_that_are_written(capsys):
     with pytest.raises(SystemExit):
         main(["export", "--help"])
-    assert "--format {dflash,speculators}" in capsys.readouterr().out
+    assert "--format {dflash,dflash2,dspark,speculators}" in capsys.readouterr().out
 
 
 def test_speculators_wants_a_target(tmp_path):

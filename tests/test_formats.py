@@ -8,19 +8,41 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import DFLASH_KEYS, LAYER_KEYS, SPECULATORS_KEYS, dflash, native, speculators, weights
+from layouts import (
+    DFLASH2_KEYS,
+    DFLASH_KEYS,
+    LAYER_KEYS,
+    SPECULATORS_KEYS,
+    dflash,
+    dflash2,
+    dflash2_drafts,
+    dflash2_weights,
+    dspark,
+    dspark_drafts,
+    dspark_weights,
+    hidden_by_layout,
+    native,
+    speculators,
+    weights,
+)
 from safetensors.torch import load_file, save_file
-from tiny import LAYERS, VOCAB, WIDTH, prompt, tiny_drafter, tiny_target
+from test_training import random_blocks, random_rows
+from tiny import LAYERS, VOCAB, WIDTH, OracleDrafts, prompt, tiny_drafter, tiny_target
 from transformers import AutoModel
 from transformers.cache_utils import DFlashCache
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel, hub
+from hf_d2sd.apps.parity import decoding_logits, training_logits
+from hf_d2sd.candidates import Draft
 from hf_d2sd.cli import main
 from hf_d2sd.drafting import Drafter, draft_head
 from hf_d2sd.hub.export import ExportOptions, export
 from hf_d2sd.modeling import CACHE_NAME, formats_d2sd
 from hf_d2sd.modeling.formats_d2sd import FORMATS, Format, format_of
 from hf_d2sd.modeling.weights_d2sd import drafter_shapes
+from hf_d2sd.prefixes import select_prefix_lengths
+from hf_d2sd.target import TargetPass
+from hf_d2sd.training.drafters import Trainee
 
 ROOT = Path(__file__).parents[1]
 GAMMA, CONTEXT = 5, 9
@@ -252,6 +274,286 @@ class TestTransformersOwn:
         assert load(native(tmp_path), vocab_size=VOCAB + 1).config.vocab_size == VOCAB + 1
 
 
+def at_work(model) -> tuple[Drafter, torch.Tensor]:
+    """A drafter after nine tokens of random context in two rows, and the features (2, 9, F) that it has of them."""
+    drafter, generator = Drafter(model, tiny_target()), torch.Generator().manual_seed(3)
+    states = tuple(torch.randn(2, CONTEXT, WIDTH, generator=generator) for _ in range(LAYERS + 1))
+    drafter.extend(TargetPass(torch.empty(2, CONTEXT, 0), states), [CONTEXT, CONTEXT])
+    return drafter, torch.cat([states[1], states[3]], dim=-1)
+
+
+def kept(tokens: list[list[list[int]]], lengths: list[list[int]]) -> Draft:
+    """Prefixes (B, K) of these tokens (B, K, D)."""
+    tokens = torch.tensor(tokens)
+    return Draft.of(tokens, torch.full(tokens.shape, 0.5), torch.tensor(lengths))
+
+
+ANCHORS = [5, 6]
+PREFIXES = [[[3, 9, 4, 4], [8, 4, 4, 4]], [[2, 7, 4, 4], [9, 9, 4, 4]]]  # of two branches in each of two rows
+KEPT = [[2, 1], [0, 2]]
+TREES = [(1, 0), (1, 3), (4, 0), (4, 3)]  # width, branches
+
+
+def same_text(first, second, width: int, branches: int) -> bool:
+    """Whether three prompts in a batch get the text of plain `generate`, and drafts are drafted."""
+    target, ids = tiny_target(), torch.cat([prompt(9, seed=seed) for seed in range(3)])
+    options = dict(do_sample=False, max_new_tokens=16)
+    plain = target.generate(ids, **options)
+    pair = D2SDAssistant.from_drafters(first, second)
+    options |= {"d2sd_tree_width": width, "d2sd_tree_budget": 14, "d2sd_num_branches": branches}
+    return torch.equal(target.generate(ids, assistant_model=pair, **options), plain)
+
+
+class TestDFlash2:
+    """z-lab's second layout: convolutions around the sublayers, and a selector."""
+
+    def expected(self, features, tokens: list[int]) -> torch.Tensor:
+        """(γ, H), of one block."""
+        embeds = tiny_target().get_input_embeddings()(torch.tensor(tokens))
+        return hidden_by_layout(dflash2_weights(), embeds, features, CONTEXT, window=6)
+
+    @torch.no_grad()
+    def test_a_block_and_its_chain_are_those_of_the_layout(self, tmp_path):
+        drafter, features = at_work(load(dflash2(tmp_path)))
+        draft = drafter.draft(torch.tensor(ANCHORS), GAMMA)
+        for row, anchor in enumerate(ANCHORS):
+            hidden = self.expected(features[row], [anchor, 1, 1, 1, 1])[1:]
+            expected = dflash2_drafts(dflash2_weights(), hidden, tiny_target().lm_head.weight, anchor)
+            assert draft.best[row, 0].tolist() == [token for token, _ in expected]
+            assert draft.log_probs[row, 0, :, 0].tolist() == pytest.approx([p for _, p in expected], abs=1e-4)
+
+    @torch.no_grad()
+    def test_blocks_side_by_side_know_nothing_of_each_other(self, tmp_path):
+        drafter, features = at_work(load(dflash2(tmp_path)))
+        draft = drafter.redraft(torch.tensor(ANCHORS), kept(PREFIXES, KEPT), GAMMA)
+        head = tiny_target().lm_head.weight
+        for row, anchor in enumerate(ANCHORS):
+            for branch, length in enumerate(KEPT[row]):
+                given = PREFIXES[row][branch][:length]
+                hidden = self.expected(features[row], [anchor, *given, *[1] * (4 - length)])[1 + length :]
+                expected = dflash2_drafts(dflash2_weights(), hidden, head, [anchor, *given][-1])
+                assert draft.best[row, branch].tolist() == given + [token for token, _ in expected]
+
+    @pytest.mark.parametrize("width, branches", TREES)
+    def test_it_decodes_the_targets_text(self, width, branches, tmp_path):
+        first, second = dflash2(tmp_path / "a"), dflash2(tmp_path / "b", tensors=dflash2_weights(1))
+        assert same_text(first, second, width, branches)
+
+    def test_it_goes_together_with_a_drafter_of_another_kind(self, tmp_path):
+        assert same_text(dflash2(tmp_path / "a"), dflash(tmp_path / "b"), 1, 2)
+        assert same_text(dflash(tmp_path / "b"), dflash2(tmp_path / "a"), 4, 2)
+
+    def test_its_configuration_means_the_same(self, tmp_path):
+        config = load(dflash2(tmp_path)).config
+        assert (config.block_size, config.conv_kernel_size, config.conv_group_size) == (5, 2, 8)
+        assert (config.path_kind, config.path_rank, config.path_candidates) == ("selector", 6, 5)
+        assert (config.output_multiplier, config.final_logit_softcapping) == (0.5, 4.0)
+        assert (config.sliding_window, config.causal_layer_types) == (5, [])
+
+    def test_the_tensors_of_a_published_one_are_expected(self):
+        """The header that z-lab's own tests hold: five layers, a vocabulary of 202048, 81 tensors."""
+        inner = DFLASH2_KEYS["dflash_config"] | {"conv_group_size": 16, "selector_rank": 256, "selector_top_k": 16}
+        inner |= {"block_size": 16, "target_layer_ids": [1, 13, 25, 37, 49], "mask_token_id": 201818}
+        sizes = {"hidden_size": 6656, "intermediate_size": 19968, "num_attention_heads": 32, "num_key_value_heads": 8}
+        sizes |= {"head_dim": 128, "vocab_size": 202048, "num_hidden_layers": 5, "num_target_layers": 52}
+        changes = sizes | {"layer_types": ["sliding_attention"] * 5, "sliding_window": 2048, "dflash_config": inner}
+        shapes = drafter_shapes(D2SDDrafterConfig(**read(DFLASH2_KEYS | changes)))
+        assert len(shapes) == 3 + 5 * 15 + 3
+        assert shapes["layers.4.mlp_conv.base_kernel"] == (2, 2, 6656)
+        assert shapes["layers.0.attention_conv.kernel_projection.weight"] == (1664, 6656)
+        assert shapes["path_head.predecessor_codebook"] == (202048, 256)
+        assert shapes["path_head.hidden_projection.weight"] == (256, 6656)
+
+    @pytest.mark.parametrize(
+        ("changes", "name"),
+        [
+            (dict(inner={"selector_rank": None}), "incomplete DFlash 2: its config has no selector_rank"),
+            (dict(inner={"conv_group_size": None}), "incomplete DFlash 2: its config has no conv_group_size"),
+            (dict(inner={"conv_group_size": 5}), "conv_group_size is 5, which does not divide hidden_size=32"),
+            (dict(inner={"markov_rank": 6}), "This is DSpark: markov_rank"),
+            (dict(architectures=["DFlash2DraftModel", "Qwen3DSparkModel"]), "DFlash2DraftModel, Qwen3DSparkModel"),
+            (dict(architectures=["DFlashDraftModel"]), "This is DFlash 2: selector_rank"),
+            (dict(tensors=weights()), "missing: layers.0.attention_conv.base_kernel"),
+            (dict(tensors=dflash2_weights() | {"lm_head.weight": torch.ones(2)}), "unexpected: lm_head.weight"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_an_incomplete_or_mixed_one_is_refused_by_name(self, changes, name, tmp_path):
+        with pytest.raises(ValueError, match=name):
+            load(dflash2(tmp_path, **changes))
+
+
+class TestDSpark:
+    """DeepSpec's layout: a Markov head and a confidence head, and the first token is drafted at the anchor's slot."""
+
+    def expected(self, tensors, features, tokens: list[int]) -> torch.Tensor:
+        """(slots, H), of one block."""
+        embeds = tensors["embed_tokens.weight"][torch.tensor(tokens)]
+        return hidden_by_layout(tensors, embeds, features, CONTEXT)
+
+    @pytest.mark.parametrize("gated", [False, True])
+    @torch.no_grad()
+    def test_a_block_its_chain_and_its_confidence_are_those_of_the_layout(self, gated, tmp_path):
+        tensors = dspark_weights(gated=gated)
+        path = dspark(tmp_path, tensors=tensors, markov_head_type="gated" if gated else "vanilla")
+        drafter, features = at_work(load(path))
+        draft = drafter.draft(torch.tensor(ANCHORS), GAMMA)
+        for row, anchor in enumerate(ANCHORS):
+            hidden = self.expected(tensors, features[row], [anchor, 1, 1, 1])
+            tokens, log_probs, said = zip(*dspark_drafts(tensors, hidden, anchor))
+            assert draft.best[row, 0].tolist() == list(tokens)
+            assert draft.log_probs[row, 0, :, 0].tolist() == pytest.approx(log_probs, abs=1e-4)
+            assert draft.best_confidence[row, 0].tolist() == pytest.approx(said, abs=1e-4)
+
+    @torch.no_grad()
+    def test_it_drafts_on_after_prefixes(self, tmp_path):
+        tensors = dspark_weights()
+        drafter, features = at_work(load(dspark(tmp_path)))
+        draft = drafter.redraft(torch.tensor(ANCHORS), kept(PREFIXES, KEPT), GAMMA)
+        for row, anchor in enumerate(ANCHORS):
+            for branch, length in enumerate(KEPT[row]):
+                given = PREFIXES[row][branch][:length]
+                hidden = self.expected(tensors, features[row], [anchor, *given, *[1] * (3 - length)])[length:]
+                expected = dspark_drafts(tensors, hidden, [anchor, *given][-1])
+                assert draft.best[row, branch].tolist() == given + [token for token, _, _ in expected]
+
+    @torch.no_grad()
+    def test_a_confidence_head_may_do_without_the_token_before(self, tmp_path):
+        tensors = dspark_weights()
+        tensors["confidence_head.proj.weight"] = tensors["confidence_head.proj.weight"][:, :WIDTH]
+        drafter, features = at_work(load(dspark(tmp_path, tensors=tensors, confidence_head_with_markov=False)))
+        draft = drafter.draft(torch.tensor(ANCHORS), GAMMA)
+        hidden = self.expected(tensors, features[0], [5, 1, 1, 1])
+        said = hidden @ tensors["confidence_head.proj.weight"][0] + tensors["confidence_head.proj.bias"]
+        torch.testing.assert_close(draft.best_confidence[0, 0], said.sigmoid(), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("width, branches", TREES)
+    def test_it_decodes_the_targets_text(self, width, branches, tmp_path):
+        first, second = dspark(tmp_path / "a"), dspark(tmp_path / "b", tensors=dspark_weights(1))
+        assert same_text(first, second, width, branches)
+
+    def test_it_goes_together_with_a_drafter_of_another_kind(self, tmp_path):
+        assert same_text(dspark(tmp_path / "a"), dflash(tmp_path / "b"), 1, 2)
+        assert same_text(dflash2(tmp_path / "c"), dspark(tmp_path / "a"), 4, 2)
+
+    def test_without_heads_it_is_a_drafter_still(self, tmp_path):
+        tensors = {name: value for name, value in dspark_weights().items() if "markov" not in name}
+        tensors = {name: value for name, value in tensors.items() if "confidence" not in name}
+        path = dspark(tmp_path, tensors=tensors, markov_rank=0, enable_confidence_head=False)
+        assert load(path).path_head is None and load(path).confidence_head is None
+        assert same_text(path, None, 1, 0)
+
+    def test_its_configuration_means_the_same(self, tmp_path):
+        config = load(dspark(tmp_path)).config
+        assert (config.block_size, config.block_slots, config.drafts_from_anchor) == (5, 4, True)
+        assert (config.own_head, config.own_embedding, config.confidence_head) == (True, True, "path")
+        assert (config.path_kind, config.path_rank, config.path_candidates) == ("markov", 6, 64)
+        assert load(tmp_path, path_candidates=9).config.path_candidates == 9
+
+    @pytest.mark.parametrize(
+        ("changes", "name"),
+        [
+            (dict(markov_head_type="rnn"), "another Markov head: markov_head_type is 'rnn'"),
+            (dict(markov_head_type=None), "incomplete DSpark: its config has no markov_head_type"),
+            (
+                dict(confidence_head_with_markov=None),
+                "incomplete DSpark: its config has no confidence_head_with_markov",
+            ),
+            (dict(target_layer_ids=[-1, 2]), "-1 is the embedding's output"),
+            (dict(dspark_bonus_anchor=True), "drafts from its masks: dspark_bonus_anchor"),
+            (dict(sample_from_anchor=False), "drafts from its masks: sample_from_anchor"),
+            (dict(draft_vocab_size=12), "a pruned vocabulary: draft_vocab_size is 12"),
+            (dict(model_type="gemma4"), "other layers: model_type is 'gemma4'"),
+            (dict(architectures=["Gemma4DSparkModel"]), "Gemma4DSparkModel"),
+            (dict(layer_types=["sliding_attention"] * 2, sliding_window=4), "DSpark with windows"),
+            (dict(dflash_config={"mask_token_id": 1}), "a mixture: a DSpark .* with the keys of DFlash"),
+            (dict(selector_rank=4), "This is DFlash 2: selector_rank"),
+            (dict(num_loops=2), "layers are passed several times"),
+            (dict(tensors=weights()), "missing: confidence_head.proj.bias.*embed_tokens.weight.*path_head.markov_w1"),
+            (dict(tensors=dspark_weights(gated=True)), "unexpected: path_head.gate_proj.bias"),
+            (dict(tensors=dspark_weights() | {"markov_head.markov_w2.weight": torch.ones(VOCAB, 5)}), "mismatched"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_an_incomplete_or_mixed_one_is_refused_by_name(self, changes, name, tmp_path):
+        with pytest.raises(ValueError, match=name):
+            load(dspark(tmp_path, **changes))
+
+
+class TestBothKinds:
+    """What holds of DFlash 2 and DSpark alike, elsewhere than in eager decoding."""
+
+    WRITERS = {"dflash2": dflash2, "dspark": dspark}
+
+    @pytest.mark.parametrize("kind", WRITERS)
+    def test_decoding_and_the_trainings_forward_agree(self, kind, tmp_path):
+        model, row = load(self.WRITERS[kind](tmp_path)), random_rows(24)[0]
+        places = [(anchor, v) for anchor in (6, 13) for v in (0, 2)]
+        wanted = training_logits(tiny_target(), model, row, places)
+        seen = [logits for anchor in (6, 13) for logits in decoding_logits(tiny_target(), model, row, anchor, [0, 2])]
+        assert len(wanted) == len(seen) == 4
+        for one, other in zip(wanted, seen):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", WRITERS)
+    def test_its_path_head_can_be_trained_alone(self, kind, tmp_path):
+        model = load(self.WRITERS[kind](tmp_path))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainee = Trainee(model, tiny_target(), path_head_alone=True)
+        blocks = random_blocks(model, random_rows(20, 24))
+        optimizer = torch.optim.AdamW([p for p in trainee.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(12):
+            loss = trainee(blocks)[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed == {name for name in before if name.startswith("path_head.")}
+
+    @pytest.mark.parametrize("width", [1, pytest.param(4, marks=pytest.mark.slow)])
+    def test_cycles_of_fixed_shapes_give_the_same_text(self, width, tmp_path):
+        torch._dynamo.reset()
+        first, second = dspark(tmp_path / "a"), dflash2(tmp_path / "b", inner={"block_size": 7})
+        pair = D2SDAssistant.from_drafters(first, second, tree_width=width, tree_budget=12)
+        pair.compile(backend="eager")
+        options = dict(do_sample=False, max_new_tokens=16)
+        ours = tiny_target().generate(prompt(), assistant_model=pair, **options)
+        assert ours.tolist() == tiny_target().generate(prompt(), **options).tolist()
+        torch._dynamo.reset()
+
+    def test_right_drafts_are_accepted_whole(self, tmp_path, monkeypatch):
+        target, options = tiny_target(), dict(do_sample=False, max_new_tokens=24)
+        plain = target.generate(prompt(), **options)
+        OracleDrafts(monkeypatch, plain[0], accuracy=1.0)
+        pair = D2SDAssistant.from_drafters(dspark(tmp_path / "a"), dflash2(tmp_path / "b"))
+        assert torch.equal(target.generate(prompt(), assistant_model=pair, **options), plain)
+        assert max(pair.last_stats.committed_per_cycle) == 5
+
+    def test_a_pair_is_saved_in_this_librarys_layout_and_loaded(self, tmp_path):
+        pair = D2SDAssistant.from_drafters(dspark(tmp_path / "a"), dflash2(tmp_path / "b"))
+        pair.save_pretrained(tmp_path / "pair")
+        again = D2SDAssistant.from_pretrained(tmp_path / "pair")
+        state = again.state_dict()
+        assert state.keys() == pair.state_dict().keys()
+        assert all(torch.equal(state[name], value) for name, value in pair.state_dict().items())
+        assert again.config.first.confidence_head == "path" and again.config.second.path_kind == "selector"
+
+    def test_the_confidence_head_chooses_the_prefixes(self, tmp_path):
+        """Whatever the tokens' probabilities: all of a block that it trusts, nothing of one that it does not."""
+        model = load(dspark(tmp_path))
+        with torch.no_grad():
+            model.confidence_head.proj.weight.zero_()
+            for value, said in ((8.0, 1.0), (-8.0, 0.0)):
+                model.confidence_head.proj.bias.fill_(value)
+                draft = at_work(model)[0].draft(torch.tensor(ANCHORS), GAMMA)
+                torch.testing.assert_close(draft.best_confidence, torch.full((2, 1, 4), said), atol=1e-3, rtol=0)
+                lengths = select_prefix_lengths(draft.best_confidence[:, 0], 1, GAMMA + 1)
+                assert lengths.tolist() == [[4 * int(said)]] * 2
+
+
 class TestPublishedConfigs:
     """Keys as published repositories have them; their weights are not needed."""
 
@@ -324,10 +626,10 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize(
         ("changes", "name"),
         [
-            (dict(architectures=["DFlash2DraftModel"]), "DFlash2DraftModel"),
+            (dict(architectures=["DFlash2DraftModel"]), "incomplete DFlash 2"),
             (dict(architectures=["DSparkDraftModel"]), "DSparkDraftModel"),
             (dict(architectures=["DFlareDraftModel"]), "DFlareDraftModel"),
-            (dict(architectures=["Qwen3DSparkModel"], dflash_config=None), "Qwen3DSparkModel"),
+            (dict(architectures=["Qwen3DSparkModel"]), "a mixture: a DSpark"),
             (dict(inner={"projector_type": "domino"}), "Domino"),
             (dict(inner={"shift_label": True}), "Domino"),
             (dict(inner={"selector_rank": 64}), "DFlash 2"),
@@ -385,6 +687,11 @@ def test_the_shapes_that_are_expected_are_those_of_the_model():
         dict(feature_fusion="layerwise", draft_vocab_size=7),
         dict(own_head=True),
         dict(own_head=True, draft_vocab_size=7, target_hidden_size=24),
+        dict(path_rank=4),
+        dict(path_rank=4, path_kind="selector", conv_kernel_size=3, conv_group_size=4, draft_vocab_size=7),
+        dict(path_rank=4, path_kind="markov", own_embedding=True, draft_vocab_size=7),
+        dict(path_rank=4, path_kind="gated_markov", confidence_head="path", drafts_from_anchor=True),
+        dict(confidence_head="slot"),
     ):
         config = D2SDDrafterConfig(**{**read(DFLASH_KEYS), **changes})
         shapes = {name: tuple(tensor.shape) for name, tensor in D2SDDrafterModel(config).state_dict().items()}
@@ -487,7 +794,7 @@ class TestALayoutMore:
         assert load(tmp_path / "theirs").config.block_size == 4
         with pytest.raises(SystemExit):
             main(["export", "--help"])
-        assert "{dflash,speculators,trial}" in capsys.readouterr().out
+        assert "{dflash,dflash2,dspark,speculators,trial}" in capsys.readouterr().out
 
 
 def compared_words(source: str) -> Iterator[tuple[str, int]]:
@@ -526,7 +833,7 @@ class TestNothingElseKnowsALayout:
     def test_no_other_file_compares_with_a_layouts_name(self):
         """In the benchmark "dflash" is the name of a strategy."""
         names = {format.name for format in FORMATS if not format.own}
-        assert names == {"dflash", "speculators", "muse_glimmer_assistant"}
+        assert names == {"dflash", "dflash2", "dspark", "speculators", "muse_glimmer_assistant"}
         found = []
         for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "modeling").glob("*.py")]:
             forbidden = names - {"dflash"} if path.parent.name == "benchmark" else names

@@ -4,7 +4,7 @@
 from transformers import PreTrainedConfig
 
 from .formats_d2sd import format_of
-from .weights_d2sd import MAX_BLOCK_SIZE, MAX_LAYERS, MAX_PATH_SIZE, check_references
+from .weights_d2sd import MAX_BLOCK_SIZE, MAX_LAYERS, MAX_PATH_SIZE, PATH_KINDS, check_references
 
 FORMAT_VERSION = 1
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -73,6 +73,13 @@ class D2SDDrafterConfig(_CheckedConfig):
         causal_layer_types (`list[str]`, *optional*): types of the layers in which a block's tokens see only earlier
             ones of their block; in the others they see all of it.
         own_head (`bool`): whether the drafter has an LM head of its own, `lm_head`, in place of the target's.
+        own_embedding (`bool`): whether it has an embedding of its own, `embed_tokens`, in place of the target's.
+        drafts_from_anchor (`bool`): whether slot k predicts the token at slot k + 1, as in DSpark: the anchor's slot
+            drafts the first token, and a block of γ has γ-1 slots. Else slot k predicts its own token.
+        conv_kernel_size (`int`, *optional*): taps of the convolutions around each sublayer, as in DFlash 2; `None`
+            for none. A slot then sees so many slots of its block before it, itself included.
+        conv_group_size (`int`, *optional*): how many neighbouring channels share the part of a kernel that depends on
+            the slot; a divisor of `hidden_size`.
         output_multiplier (`float`): what the head's logits are multiplied by.
         final_logit_softcapping (`float`, *optional*): c, if logits become `c * tanh(logits / c)`.
         input_embedding_scale (`float`, *optional*): where set, the scale that the target's embedding has to have.
@@ -80,8 +87,15 @@ class D2SDDrafterConfig(_CheckedConfig):
             first weighs the target's layers in a way of its own (after DFlare, arXiv 2606.02091).
         path_rank (`int`, *optional*): rank of the path head, which corrects a slot's logits by the token before it;
             `None` for a drafter without one, whose positions know nothing of each other's tokens.
-        path_width (`int`, *optional*): inner width of the path head; defaults to twice its rank.
+        path_kind (`str`): what the path head computes: `"projection"`, ours, of the target's embedding and head;
+            `"selector"`, DFlash 2's, of a codebook each for the token before and the one at the slot; `"markov"` or
+            `"gated_markov"`, DSpark's, of two tables.
+        path_width (`int`, *optional*): inner width of a path head of the kind `"projection"`; defaults to twice its
+            rank.
         path_candidates (`int`): how many of a slot's likeliest tokens the path head scores.
+        confidence_head (`str`, *optional*): where set, the drafter says itself how likely a drafted token is to be
+            accepted, from `"slot"`, its hidden state, or `"path"`, that and the path head's vector of the token
+            before.
         confidence_temperatures (`list[float]`, *optional*): for each of the γ-1 drafted positions, what its logits
             are divided by before the confidence is taken; fitted by `hf-d2sd calibrate`.
         tokenizer_fingerprint (`str`, *optional*): see `hf_d2sd.tokenizer_fingerprint`; where set, a target's
@@ -120,13 +134,19 @@ class D2SDDrafterConfig(_CheckedConfig):
     draft_vocab_size: int | None = None
     causal_layer_types: list[str] | None = None
     own_head: bool = False
+    own_embedding: bool = False
+    drafts_from_anchor: bool = False
+    conv_kernel_size: int | None = None
+    conv_group_size: int | None = None
     output_multiplier: float = 1.0
     final_logit_softcapping: float | None = None
     input_embedding_scale: float | None = None
     feature_fusion: str = "shared"
     path_rank: int | None = None
+    path_kind: str = "projection"
     path_width: int | None = None
     path_candidates: int = 16
+    confidence_head: str | None = None
     confidence_temperatures: list[float] | None = None
     tokenizer_fingerprint: str | None = None
     bos_token_id: int | None = None
@@ -140,7 +160,7 @@ class D2SDDrafterConfig(_CheckedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
-        if self.path_rank is not None and self.path_width is None:
+        if self.path_rank is not None and self.path_width is None and self.path_kind == "projection":
             self.path_width = 2 * self.path_rank
         self._check_bounds()
         if self.layer_types is None:
@@ -151,6 +171,13 @@ class D2SDDrafterConfig(_CheckedConfig):
         self._check_format_version()
         self._check_sizes()
         self._check_layers()
+        self._check_convolutions()
+        self._check_heads()
+
+    @property
+    def block_slots(self) -> int:
+        """How many slots the network sees of a block of γ."""
+        return self.block_size - self.drafts_from_anchor
 
     def _check_bounds(self) -> None:
         """Before anything is made that is as large as these numbers."""
@@ -159,7 +186,7 @@ class D2SDDrafterConfig(_CheckedConfig):
             _require(value <= most, f"{name} is {value}; more than {most} is taken for a damaged config.")
         for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "head_dim", "num_key_value_heads"):
             _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("path_rank", "path_width", "path_candidates"):
+        for name in ("path_rank", "path_width", "path_candidates", "conv_kernel_size", "conv_group_size"):
             value = getattr(self, name)
             _require(
                 value is None or 1 <= value <= MAX_PATH_SIZE,
@@ -206,10 +233,6 @@ class D2SDDrafterConfig(_CheckedConfig):
             f"causal_layer_types is {self.causal_layer_types}; it may name only {_LAYER_TYPES}.",
         )
         _require(
-            not self.own_head or self.vocab_size is not None,
-            "own_head is set, and vocab_size is None: the head has no size.",
-        )
-        _require(
             "sliding_attention" not in self.layer_types or self.sliding_window is not None,
             "layer_types has sliding layers, but sliding_window is not set.",
         )
@@ -218,6 +241,37 @@ class D2SDDrafterConfig(_CheckedConfig):
             len(ids) > 0 and all(0 <= i and (layers is None or i < layers) for i in ids),
             f"target_layer_ids is {ids}; it must hold ids from 0 to {'L-1' if layers is None else layers - 1} "
             f"of the target's {'L' if layers is None else layers} layers.",
+        )
+
+    def _check_convolutions(self) -> None:
+        size, group = self.conv_kernel_size, self.conv_group_size
+        _require(
+            (size is None) == (group is None),
+            f"conv_kernel_size is {size}, conv_group_size is {group}; both are set, or neither.",
+        )
+        _require(
+            group is None or self.hidden_size % group == 0,
+            f"conv_group_size is {group}, which does not divide hidden_size={self.hidden_size}.",
+        )
+
+    def _check_heads(self) -> None:
+        tables = self.path_rank is not None and self.path_kind != "projection"
+        for name, holds in (("own_head", self.own_head), ("own_embedding", self.own_embedding), ("path_kind", tables)):
+            _require(
+                not holds or self.vocab_size is not None,
+                f"{name} is {getattr(self, name)}, and vocab_size is None: its table of tokens has no size.",
+            )
+        _require(
+            self.path_kind in PATH_KINDS,
+            f"path_kind is {self.path_kind!r}; it must be one of {', '.join(PATH_KINDS)}.",
+        )
+        _require(
+            self.confidence_head in (None, "slot", "path"),
+            f"confidence_head is {self.confidence_head!r}; it must be 'slot', 'path' or None.",
+        )
+        _require(
+            self.confidence_head != "path" or tables,
+            "confidence_head is 'path', and there is no path head with a table of its own.",
         )
 
 

@@ -5,6 +5,7 @@ A layout is known, read and written in its class alone, and added by a class and
 means what is written in docs/formats.md.
 """
 
+import math
 import re
 from collections import ChainMap
 from collections.abc import Callable, Mapping
@@ -47,6 +48,8 @@ _FOREIGN = (
     ("markov_rank", (0,), "DSpark"),
     ("markov_head_type", (), "DSpark"),
     ("enable_confidence_head", (False,), "DSpark"),
+    ("dspark_bonus_anchor", (False,), "DSpark that drafts from its masks"),
+    ("num_loops", (1,), "a drafter whose layers are passed several times"),
     ("attention_mode", ("gqa", "mha"), "DFlash with another attention"),
     ("attention_modes", (), "DFlash with another attention"),
     ("attention_sink_bias", (False,), "DFlash with attention sinks"),
@@ -103,8 +106,12 @@ class Format:
         return translated
 
     def obstacles(self, config: PreTrainedConfig) -> list[str]:
-        """What a drafter has and the layout cannot say, in words."""
+        """What a drafter has and the layout cannot say, in words: without it, it would draft otherwise."""
         return []
+
+    def left_out(self, config: PreTrainedConfig) -> dict[str, str]:
+        """What is no part of what is written, though it drafts better with it: how tensors' names begin, and words."""
+        return {}
 
     def write(
         self, config: PreTrainedConfig, tensors: dict[str, Tensor], target: TargetParts | None
@@ -195,6 +202,9 @@ class SpeculatorsFormat(Format):
             if listed is not None and listed.bool().nonzero().flatten().tolist() != ids.sort().values.tolist():
                 raise ValueError("The checkpoint's t2d and d2t name different tokens: it is damaged.")
         return translated
+
+    def left_out(self, config: PreTrainedConfig) -> dict[str, str]:
+        return _heads_left_out(config)
 
     def obstacles(self, config: PreTrainedConfig) -> list[str]:
         found = _common_obstacles(config) | {
@@ -290,11 +300,12 @@ class DFlashFormat(Format):
 
     name = "dflash"
     engines = "vLLM, SGLang"
+    architecture = "DFlashDraftModel"
+    own_keys: tuple[str, ...] = ()  # of those that mark another kind
 
     def detect(self, config: dict) -> bool:
-        architectures = config.get("architectures") or []
-        named = {name for name in architectures if re.search("DFlash|DSpark|DFlare|Domino", name)}
-        if named - {"DFlashDraftModel"}:
+        named = _drafters_named(config)
+        if named - {self.architecture}:
             kinds = ", ".join(sorted(named))
             _refuse(f"This is a drafter of the kind {kinds} (architectures), not 'DFlashDraftModel'")
         return bool(named) or "dflash_config" in config
@@ -302,7 +313,7 @@ class DFlashFormat(Format):
     def read(self, config: dict) -> dict:
         inner = config.get("dflash_config") or {}
         said = ChainMap(inner, config)
-        _check_kind(said)
+        _check_kind(said, self.own_keys)
         layer_ids = said.get("target_layer_ids", said.get("layer_ids"))
         return _said(
             {
@@ -337,13 +348,18 @@ class DFlashFormat(Format):
             return [kind for kind in by_default if kind in layer_types]
         return sorted(set(layer_types)) if said else []
 
+    def left_out(self, config: PreTrainedConfig) -> dict[str, str]:
+        return _heads_left_out(config)
+
     def obstacles(self, config: PreTrainedConfig) -> list[str]:
+        return [reason for reason, holds in self._found(config).items() if holds]
+
+    def _found(self, config: PreTrainedConfig) -> dict[str, bool]:
         size = config.draft_vocab_size
-        found = _common_obstacles(config) | {
+        return _common_obstacles(config) | {
             f"draft_vocab_size is {size} (speculators can say it)": size is not None,
             "it has an LM head of its own": config.own_head,
         }
-        return [reason for reason, holds in found.items() if holds]
 
     def write(
         self, config: PreTrainedConfig, tensors: dict[str, Tensor], target: TargetParts | None
@@ -353,7 +369,7 @@ class DFlashFormat(Format):
         inner |= logits | _write_extras(config, said=("num_target_layers",))  # SGLang looks for `logits` here
         written = {
             **_write_layers(config),
-            "architectures": ["DFlashDraftModel"],
+            "architectures": [self.architecture],
             "block_size": config.block_size,
             "num_target_layers": config.num_target_layers,
             "target_hidden_size": config.target_hidden_size,
@@ -374,8 +390,194 @@ class DFlashFormat(Format):
         return {name: value for name, value in logits.items() if value is not None}
 
 
+class DFlash2Format(DFlashFormat):
+    """z-lab's DFlash 2: convolutions around each sublayer, and a selector of a slot's likeliest tokens."""
+
+    name = "dflash2"
+    architecture = "DFlash2DraftModel"
+    own_keys = ("selector_rank", "selector_top_k", "conv_kernel_size")
+
+    def detect(self, config: dict) -> bool:
+        return _drafters_named(config) == {self.architecture}
+
+    def read(self, config: dict) -> dict:
+        said = ChainMap(config.get("dflash_config") or {}, config)
+        lacking = [name for name in (*self.own_keys, "conv_group_size") if said.get(name) is None]
+        if lacking:
+            _refuse(f"This is an incomplete DFlash 2: its config has no {', '.join(lacking)}")
+        return super().read(config) | {
+            "conv_kernel_size": said["conv_kernel_size"],
+            "conv_group_size": said["conv_group_size"],
+            "path_kind": "selector",
+            "path_rank": said["selector_rank"],
+            "path_candidates": said["selector_top_k"],
+        }
+
+    def rename(self, name: str, config: PreTrainedConfig) -> str | None:
+        return re.sub(r"^candidate_selector\.", "path_head.", name)
+
+    def left_out(self, config: PreTrainedConfig) -> dict[str, str]:
+        return {}
+
+    def _found(self, config: PreTrainedConfig) -> dict[str, bool]:
+        found = super()._found(config)
+        found.pop(_CONVOLUTIONS)
+        return found | {
+            "its path head is no selector (dflash leaves it out)": config.path_rank is not None
+            and config.path_kind != "selector",
+            "it has no path head (dflash can say it)": config.path_rank is None,
+            "it has a confidence head": config.confidence_head is not None,
+        }
+
+    def write(
+        self, config: PreTrainedConfig, tensors: dict[str, Tensor], target: TargetParts | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        """One without convolutions gets some that pass their input through."""
+        written, tensors = super().write(config, tensors, target)
+        taps, group = config.conv_kernel_size or 2, config.conv_group_size or math.gcd(16, config.hidden_size)
+        if config.conv_kernel_size is None:
+            tensors = tensors | self._identities(config, tensors["fc.weight"], taps, group)
+        written["dflash_config"] |= {
+            "block_size": config.block_size,
+            "conv_kernel_size": taps,
+            "conv_group_size": group,
+            "selector_rank": config.path_rank,
+            "selector_top_k": config.path_candidates,
+        }
+        return written, {re.sub(r"^path_head\.", "candidate_selector.", name): x for name, x in tensors.items()}
+
+    def _identities(self, config: PreTrainedConfig, like: Tensor, taps: int, group: int) -> dict[str, Tensor]:
+        hidden, found = config.hidden_size, {}
+        for layer in range(config.num_hidden_layers):
+            for name in ("attention_conv", "mlp_conv"):
+                base = like.new_zeros(2, taps, hidden)
+                base[:, 0] = 1
+                found[f"layers.{layer}.{name}.base_kernel"] = base
+                projection = like.new_zeros(2 * taps * (hidden // group), hidden)
+                found[f"layers.{layer}.{name}.kernel_projection.weight"] = projection
+        return found
+
+
+class DSparkFormat(Format):
+    """DeepSpec's DSpark for Qwen3: full layers, an embedding and a head of its own, slots that say the next token."""
+
+    name = "dspark"
+    engines = "vLLM, SGLang"
+    architecture = "Qwen3DSparkModel"
+    own_keys = ("markov_rank", "markov_head_type", "enable_confidence_head")
+    head_types = {"vanilla": "markov", "gated": "gated_markov"}
+    candidates = 64  # its own decoding corrects the logits of all tokens
+
+    def detect(self, config: dict) -> bool:
+        return _drafters_named(config) == {self.architecture}
+
+    def read(self, config: dict) -> dict:
+        self._check(config)
+        base = _read_layers(dict(config))
+        if "sliding_attention" in base["layer_types"]:
+            _refuse(f"This is DSpark with windows: layer_types is {base['layer_types']}")
+        rank, extras = config.get("markov_rank") or None, config.get("d2sd") or {}
+        confidence = None
+        if config.get("enable_confidence_head"):
+            confidence = "path" if config["confidence_head_with_markov"] else "slot"
+        return _said(
+            {
+                **base,
+                "sliding_window": None,
+                "causal_layer_types": [],
+                "block_size": config["block_size"] + 1,  # the anchor, and as many drafted tokens as it has slots
+                "mask_token_id": config.get("mask_token_id"),
+                "target_layer_ids": _required(config.get("target_layer_ids"), "target_layer_ids"),
+                "num_target_layers": config.get("num_target_layers"),
+                "own_head": True,
+                "own_embedding": True,
+                "drafts_from_anchor": True,
+                "path_rank": rank,
+                "path_kind": self.head_types[config["markov_head_type"]] if rank else None,
+                "path_candidates": extras.get("path_candidates", self.candidates),
+                "confidence_head": confidence,
+                **_read_extras(config),
+            }
+        )
+
+    def _check(self, config: dict) -> None:
+        if config.get("dflash_config"):
+            _refuse("This is a mixture: a DSpark (architectures) with the keys of DFlash (dflash_config)")
+        if config.get("model_type") != "qwen3":
+            _refuse(f"This is DSpark with other layers: model_type is {config.get('model_type')!r}")
+        _check_kind({name: value for name, value in config.items() if name != "sample_from_anchor"}, self.own_keys)
+        if config.get("sample_from_anchor") is False:
+            _refuse("This is DSpark that drafts from its masks: sample_from_anchor is False")
+        wanted = ["block_size"]
+        wanted += ["markov_head_type"] if config.get("markov_rank") else []
+        wanted += ["confidence_head_with_markov"] if config.get("enable_confidence_head") else []
+        lacking = [name for name in wanted if config.get(name) is None]
+        if lacking:
+            _refuse(f"This is an incomplete DSpark: its config has no {', '.join(lacking)}")
+        if config.get("markov_rank") and config["markov_head_type"] not in self.head_types:
+            _refuse(f"This is DSpark with another Markov head: markov_head_type is {config['markov_head_type']!r}")
+        if min(config.get("target_layer_ids") or [0]) < 0:
+            _refuse(f"target_layer_ids is {config['target_layer_ids']}: -1 is the embedding's output, no layer's")
+        size = config.get("draft_vocab_size")
+        if size not in (None, config.get("vocab_size")):
+            _refuse(f"This is DSpark with a pruned vocabulary: draft_vocab_size is {size}")
+
+    def rename(self, name: str, config: PreTrainedConfig) -> str | None:
+        return re.sub(r"^markov_head\.", "path_head.", name)
+
+    def obstacles(self, config: PreTrainedConfig) -> list[str]:
+        common = _common_obstacles(config)
+        for name in (_FROM_ANCHOR, _EMBEDDING):
+            common.pop(name)
+        found = common | {
+            "its anchor's slot drafts nothing": not config.drafts_from_anchor,
+            "its embedding is the target's": not config.own_embedding,
+            "its LM head is the target's": not config.own_head,
+            f"draft_vocab_size is {config.draft_vocab_size}": config.draft_vocab_size is not None,
+            "its path head is no Markov head": config.path_rank is not None
+            and config.path_kind not in self.head_types.values(),
+            "it has windows": "sliding_attention" in config.layer_types,
+            "its layers are causal": bool(_causal_types(config)),
+            f"target_hidden_size is {config.target_hidden_size}": config.target_hidden_size != config.hidden_size,
+            f"output_multiplier is {config.output_multiplier}": config.output_multiplier != 1.0,
+            "it caps its logits": config.final_logit_softcapping is not None,
+        }
+        return [reason for reason, holds in found.items() if holds]
+
+    def write(
+        self, config: PreTrainedConfig, tensors: dict[str, Tensor], target: TargetParts | None
+    ) -> tuple[dict, dict[str, Tensor]]:
+        extras = _write_extras(config, said=("num_target_layers",)).get("d2sd", {})
+        if config.path_rank is not None and config.path_candidates != self.candidates:
+            extras["path_candidates"] = config.path_candidates
+        names = {kind: name for name, kind in self.head_types.items()}
+        written = {
+            **_write_layers(config),
+            "architectures": [self.architecture],
+            "block_size": config.block_slots,
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": config.target_layer_ids,
+            "num_target_layers": config.num_target_layers,
+            "num_anchors": 512,  # of training alone; its reader wants it
+            "markov_rank": config.path_rank or 0,
+            "markov_head_type": names[config.path_kind] if config.path_rank else None,
+            "enable_confidence_head": config.confidence_head is not None,
+            "confidence_head_with_markov": config.confidence_head == "path" if config.confidence_head else None,
+            "d2sd": extras or None,
+        }
+        written = {name: value for name, value in written.items() if value is not None}
+        return written, {re.sub(r"^path_head\.", "markov_head.", name): x for name, x in tensors.items()}
+
+
 # In the order in which they are tried: the architectures of the last are looked for by a part of their names.
-FORMATS: tuple[Format, ...] = (OwnFormat(), SpeculatorsFormat(), MuseGlimmerFormat(), DFlashFormat())
+FORMATS: tuple[Format, ...] = (
+    OwnFormat(),
+    SpeculatorsFormat(),
+    MuseGlimmerFormat(),
+    DFlash2Format(),
+    DSparkFormat(),
+    DFlashFormat(),
+)
 DEFAULT_FORMAT = DFlashFormat.name  # of `hf-d2sd export`: more engines read it
 
 
@@ -416,10 +618,15 @@ def _refuse(reason: str) -> None:
     raise ValueError(f"{reason}. docs/formats.md lists the drafters that can be read.")
 
 
-def _check_kind(config: Mapping) -> None:
+def _drafters_named(config: dict) -> set[str]:
+    """The architectures that are drafters of a known family."""
+    return {name for name in config.get("architectures") or [] if re.search("DFlash|DSpark|DFlare|Domino", name)}
+
+
+def _check_kind(config: Mapping, own: tuple[str, ...] = ()) -> None:
     for name, harmless, kind in _FOREIGN:
         value = config.get(name)
-        if value is not None and value not in harmless:
+        if name not in own and value is not None and value not in harmless:
             _refuse(f"This is {kind}: {name} is {value!r}")
 
 
@@ -504,6 +711,23 @@ def _causal_types(config: PreTrainedConfig) -> set[str]:
     return set(config.layer_types) & set(config.causal_layer_types or ())
 
 
+def _heads_left_out(config: PreTrainedConfig) -> dict[str, str]:
+    found = {}
+    if config.path_rank is not None:
+        found["path_head."] = (
+            f"the path head (path_kind {config.path_kind!r}), which no layout with these layers has: each token is "
+            "drafted without regard to the one before"
+        )
+    if config.confidence_head is not None:
+        found["confidence_head."] = "the confidence head: the confidence is the token's probability"
+    return found
+
+
+_CONVOLUTIONS = "it has convolutions (dflash2 can say it)"
+_FROM_ANCHOR = "its anchor's slot drafts (dspark can say it)"
+_EMBEDDING = "it has an embedding of its own (dspark can say it)"
+
+
 def _common_obstacles(config: PreTrainedConfig) -> dict[str, bool]:
     """What Qwen3's keys cannot say, in words, and whether the drafter has it."""
     partly_causal = _causal_types(config) == {"full_attention"} and "sliding_attention" in config.layer_types
@@ -513,6 +737,9 @@ def _common_obstacles(config: PreTrainedConfig) -> dict[str, bool]:
         "vocab_size is None": config.vocab_size is None,
         "mask_token_id is None": config.mask_token_id is None,
         "its full layers are causal, its sliding ones are not": partly_causal,
+        _CONVOLUTIONS: config.conv_kernel_size is not None,
+        _FROM_ANCHOR: config.drafts_from_anchor,
+        _EMBEDDING: config.own_embedding,
     }
 
 

@@ -124,7 +124,7 @@ class FixedDrafter(Drafter):
         draft = super()._denoise(blocks, width)
         if not isinstance(self.context, FixedContext):
             capacity, most = self._sizes
-            cache = FixedCache.of(self.context.cache, capacity, blocks[0].numel(), self._compiler)
+            cache = FixedCache.of(self.context.cache, capacity, self.slots(blocks)[0].numel(), self._compiler)
             self.context = FixedContext(self.context, cache, most)
             self.run = own_outputs(self._compiler(self.model))
         return draft

@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,14 @@ class Drafter:
         self.context = context if context is not None else DraftContext(TreeCache(model.config))
         self.device, self.dtype = execution_device(model.fc), model.fc.weight.dtype
         self.run: Callable = model  # or compiled, for passes of a fixed shape
-        self._embed = without_embed_norm(target.get_input_embeddings())
+        self._embed = draft_embedding(model, target.get_input_embeddings())
         self._head = draft_head(model, target.get_output_embeddings())
-        self._head_rows = head_rows(model, target.get_output_embeddings())
+        rows = head_rows(model, target.get_output_embeddings())
         self.words = CallWords(model, target.get_output_embeddings(), lambda *rows: _scaled(model, PrunedHead(*rows)))
+        if model.path_head is not None:  # vectors of tokens, see there
+            self._before, self._at = model.path_head.tables(
+                self._embed, lambda places: rows(places, self._target_tokens(places, places.device))
+            )
         self._generator = torch.Generator(execution_device(target.get_output_embeddings())).manual_seed(0)  # not yours
         self._attention = TreeAttention.for_model(model, backend, two_sided=True)
         self._nodes: dict[tuple[int, int, int], Nodes] = {}  # (B, K, γ) → what such blocks see of each other
@@ -97,16 +101,21 @@ class Drafter:
 
     def _denoise(self, blocks: Tensor, width: int) -> Draft:
         """One forward for all blocks (B, K, γ): a row's are one long query over its one context."""
-        place = self.context.open(len(blocks), blocks[0].numel())
-        hidden, dtype = self._forward(blocks, place)
+        slots = self.slots(blocks)
+        place = self.context.open(len(slots), slots[0].numel())
+        hidden, dtype = self._forward(slots, place)
         self.context.close(place)
         return self._read(hidden, dtype, blocks, width)
 
-    def _forward(self, blocks: Tensor, place: "ContextPlace") -> tuple[Tensor, torch.dtype]:
-        """Hidden states (B, K·γ, H) of the blocks, and the target's dtype."""
-        nodes, types, cache = self._block_nodes(*blocks.shape), self._attention.windows, self.context.cache
+    def slots(self, blocks: Tensor) -> Tensor:
+        """(B, K, S): what the network sees of blocks (B, K, γ): without the last where the slot before predicts it."""
+        return blocks[..., :-1] if self.model.config.drafts_from_anchor else blocks
+
+    def _forward(self, slots: Tensor, place: "ContextPlace") -> tuple[Tensor, torch.dtype]:
+        """Hidden states (B, K·S, H) of the blocks' slots (B, K, S), and the target's dtype."""
+        nodes, types, cache = self._block_nodes(*slots.shape), self._attention.windows, self.context.cache
         prepared = self._attention.prepare(nodes, cache, dict.fromkeys(types, place.blocks), self.dtype)
-        embeds = self._embed(blocks.view(len(blocks), -1))
+        embeds = self._embed(slots.flatten(1))
         with self._attention.active(prepared):
             output = self.run(
                 noise_embeds=embeds.to(self.device, self.dtype),
@@ -114,13 +123,14 @@ class Drafter:
                 position_ids=self._positions(place.counts, place.features.shape[1], nodes.depths),
                 attention_mask=self._attention.masks(prepared),
                 cache=cache,
+                block_slots=slots.shape[-1],
             )
         return output.last_hidden_state, embeds.dtype
 
     def _read(self, hidden: Tensor, dtype: torch.dtype, blocks: Tensor, width: int) -> Draft:
         """What the heads say of the blocks' positions after their first ones; all W are there with a path head."""
         rows, count, block_size = blocks.shape
-        hidden = hidden.view(rows * count, block_size, -1)[:, 1:]
+        hidden = hidden.view(rows * count, -1, hidden.shape[-1])[:, 1 - block_size :]
         # One row of tokens, side by side: for a view with gaps a linear layer may copy its weight for every block.
         flat = hidden.reshape(1, -1, hidden.shape[-1]).to(dtype)
         logits = self.words.logits(flat, self._head(flat))
@@ -141,7 +151,25 @@ class Drafter:
             transitions = paths.conditional(values, scores, paths.rest(values, total[..., 0])).to(blocks.device)
         confidence, log_probs = (x.to(blocks.device) for x in (log_probs.exp(), log_probs))
         draft = Draft(tokens, confidence, log_probs, blocks.new_zeros(rows, count), logits, transitions)
-        return draft.chain() if head is not None and width == 1 else draft
+        if width > 1:
+            return draft
+        draft = draft if head is None else draft.chain()
+        said = self._said(hidden.view(rows, count, block_size - 1, -1), draft.best, blocks[..., :1])
+        return draft if said is None else replace(draft, confidence=said.to(blocks.device)[..., None])
+
+    def _said(self, hidden: Tensor, tokens: Tensor, anchor: Tensor) -> Tensor | None:
+        """(B, K, γ-1): how likely each of a chain's tokens is accepted, of a drafter with a head that says it.
+
+        Args:
+            hidden: (B, K, γ-1, H); tokens: (B, K, γ-1); anchor: (B, K, 1).
+        """
+        head = self.model.confidence_head
+        if head is None:
+            return None
+        before = None
+        if self.model.path_head is not None:
+            before = self._before(torch.cat([anchor, tokens[..., :-1]], dim=-1)).to(self.device, self.dtype)
+        return head(hidden.to(self.device, self.dtype), before)
 
     def _temperatures(self, logits: Tensor) -> Tensor | None:
         """(γ-1, 1): by slot, what logits (B, K, γ-1, V') are divided by, if by anything."""
@@ -158,9 +186,8 @@ class Drafter:
         """
         width = tokens.shape[-1]
         before = torch.cat([anchor.expand(*anchor.shape[:3], width), tokens[:, :, :-1]], dim=2)
-        embeds = self._embed(before.flatten(1)).view(*before.shape, -1)
-        rows = self._head_rows(indices, tokens)
-        parts = (x.to(self.device, self.dtype) for x in (hidden, embeds, rows))
+        previous = self._before(before.flatten(1)).view(*before.shape, -1)
+        parts = (x.to(self.device, self.dtype) for x in (hidden, previous, self._at(indices)))
         return self.model.path_head(*parts).to(hidden.device)
 
     def _target_tokens(self, indices: Tensor, device: torch.device) -> Tensor:
@@ -315,6 +342,18 @@ class PrunedHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return nn.functional.linear(hidden.to(self.weight), self.weight, self.bias)
+
+
+def draft_embedding(model: D2SDDrafterModel, embed: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What embeds a drafter's tokens: the target's embedding, or the drafter's own."""
+    if not model.config.own_embedding:
+        return without_embed_norm(embed)
+
+    def own(tokens: Tensor) -> Tensor:
+        weight = model.embed_tokens.weight
+        return nn.functional.embedding(tokens.to(weight.device), weight)
+
+    return own
 
 
 def draft_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -30,7 +30,8 @@ class CallWords:
         plain = type(head) is nn.Linear and head.weight.device.type != "meta"
         self._head, self._reader = head, reader
         self._absent: bytearray | None = None  # by token, whether it can still be added
-        if plain and config.draft_vocab_size is not None and not config.own_head:
+        tables = model.path_head is not None and config.path_kind != "projection"  # of its own vocabulary alone
+        if plain and config.draft_vocab_size is not None and not config.own_head and not tables:
             absent = torch.ones(min(head.weight.shape[0], config.vocab_size), dtype=torch.uint8)
             absent[model.draft_token_ids.cpu()] = 0
             self._absent = bytearray(absent.numpy())

@@ -36,7 +36,7 @@ class ExportOptions:
 
 
 def export(options: ExportOptions) -> dict:
-    """Write `config.json` and `model.safetensors`; returns what was written.
+    """Write `config.json` and `model.safetensors`; returns what was written, and in words what was left out.
 
     Raises:
         ValueError: naming everything of the drafter that the format cannot say.
@@ -50,10 +50,13 @@ def export(options: ExportOptions) -> dict:
     _refuse(format, format.obstacles(read_drafter_config(options.model, options.role)))
     drafter = load_drafter(options.model, options.role)
     target = None if options.target is None else _target_parts(options.target, drafter)
-    written, tensors = format.write(drafter.config, drafter.state_dict(), target)
+    left_out = format.left_out(drafter.config)
+    kept = {name: x for name, x in drafter.state_dict().items() if not name.startswith(tuple(left_out))}
+    written, tensors = format.write(drafter.config, kept, target)
     written["dtype"] = str(drafter.dtype).removeprefix("torch.")
     _write(options.out, written, tensors)
-    return {"format": options.format, "tensors": len(tensors), "out": str(options.out)}
+    said = {"format": options.format, "tensors": len(tensors), "out": str(options.out)}
+    return said | ({"left_out": list(left_out.values())} if left_out else {})
 
 
 def _refuse(format: Format, reasons: list[str]) -> None:

@@ -156,7 +156,7 @@ def masks_by_layer_type(blocks: Blocks, config: D2SDDrafterConfig) -> dict:
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
     causal = config.causal_layer_types or ()
     return {
-        kind: create(blocks.anchors, blocks.context.shape[1], config.block_size, windows[kind], kind in causal)
+        kind: create(blocks.anchors, blocks.context.shape[1], config.block_slots, windows[kind], kind in causal)
         for kind in set(config.layer_types)
     }
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..binding import tokenizer_fingerprint
-from ..compat import head_sizes, without_embed_norm
-from ..drafting import draft_head, head_rows
+from ..compat import head_sizes
+from ..drafting import draft_embedding, draft_head, head_rows
 from ..modeling import D2SDDrafterConfig, D2SDDrafterModel, default_target_layer_ids
 from .blocks import NO_LABEL, Blocks, masks_by_layer_type, true_tokens
 from .losses import Labels, PathParts, path_losses, slot_losses, slot_weights
@@ -150,16 +150,19 @@ class Trainee(nn.Module):
         self.model = model
         self._loss, self._tau, self._chunk = loss, tau, chunk
         head, dtype = draft_head(model, target.get_output_embeddings()), target.dtype
-        self._embed = (target.get_input_embeddings(),)  # in a tuple: no submodule
+        self._embed = (draft_embedding(model, target.get_input_embeddings()),)  # in a tuple: no submodule
         self._head = lambda hidden: head(hidden.to(dtype))
         self._path_parts = None
         if model.path_head is not None:
             rows, ids = head_rows(model, target.get_output_embeddings()), getattr(model, "draft_token_ids", None)
 
+            @torch.no_grad()
             def rows_at(places: Tensor) -> Tensor:
                 return rows(places, places if ids is None else ids.to(places.device)[places])
 
-            self._path_parts = PathParts(model.path_head, self._head, rows_at, model.config.path_candidates)
+            frozen = torch.no_grad()(lambda tokens: self._embed[0](tokens))
+            self._before, at = model.path_head.tables(frozen, rows_at)
+            self._path_parts = PathParts(model.path_head, self._head, at, model.config.path_candidates)
         self._draft_index = None  # (V,): a token's index among the head's outputs
         if model.config.draft_vocab_size is not None:
             index = torch.full((model.config.vocab_size,), NO_LABEL)
@@ -168,18 +171,23 @@ class Trainee(nn.Module):
 
     def hidden(self, blocks: Blocks) -> Tensor:
         """(B, N, γ, H)."""
-        (embed,) = self._embed
-        with torch.no_grad():
-            embeds = without_embed_norm(embed)(blocks.tokens)
+        (embed,), config = self._embed, self.model.config
+        tokens, positions = _slots(blocks, config)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and config.own_embedding):
+            embeds = embed(tokens)
         dtype = self.model.fc.weight.dtype
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._path_head_alone):
             output = self.model(
                 noise_embeds=embeds.to(blocks.context.device, dtype),
                 context_hidden_states=blocks.context.to(dtype),
-                position_ids=blocks.position_ids,
-                attention_mask=masks_by_layer_type(blocks, self.model.config),
+                position_ids=positions,
+                attention_mask=masks_by_layer_type(blocks, config),
+                block_slots=config.block_slots,
             )
-        return output.last_hidden_state.view(*blocks.labels.shape, -1)
+        hidden = output.last_hidden_state.view(*blocks.labels.shape[:2], config.block_slots, -1)
+        if config.drafts_from_anchor:  # what slot k says is of place k + 1
+            hidden = nn.functional.pad(hidden, (0, 0, 1, 0))
+        return hidden
 
     def logits(self, blocks: Blocks) -> Tensor:
         """(M, V'): of the M slots that have labels."""
@@ -197,14 +205,13 @@ class Trainee(nn.Module):
             return logits, logits.argmax(-1)
         best = logits.topk(min(parts.candidates, logits.shape[-1]), dim=-1)
         rows = parts.rows(best.indices).to(hidden.dtype)
-        scores = parts.path_head(hidden, self._before(blocks, labelled).to(hidden)[:, None], rows)[:, 0]
+        scores = parts.path_head(hidden, self._truth_before(blocks, labelled).to(hidden)[:, None], rows)[:, 0]
         places = best.indices.gather(1, (best.values + scores).argmax(-1, keepdim=True))[:, 0]
         return logits.scatter_add(1, best.indices, scores), places
 
-    def _before(self, blocks: Blocks, labelled: Tensor) -> Tensor:
-        """(M, H): embeddings of the true tokens before the labelled slots, of which none is a block's first."""
-        with torch.no_grad():
-            return without_embed_norm(self._embed[0])(true_tokens(blocks).roll(1, -1)[labelled])
+    def _truth_before(self, blocks: Blocks, labelled: Tensor) -> Tensor:
+        """(M, ...): the path head's vectors of the true tokens before the labelled slots; none is a block's first."""
+        return self._before(true_tokens(blocks).roll(1, -1)[labelled])
 
     def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
         """The loss (), which slots are right (B, N, γ), and the draft's probability of the label (B, N, γ)."""
@@ -233,9 +240,18 @@ class Trainee(nn.Module):
         """
         if self._path_parts is None:
             return slot_losses(hidden, wanted, self._head, self._chunk)
-        before = self._before(blocks, labelled).to(hidden.device, hidden.dtype)
+        before = self._truth_before(blocks, labelled).to(hidden.device, hidden.dtype)
         given, right = path_losses(hidden.detach(), before, wanted.tokens, self._path_parts, self._chunk)
         if self._path_head_alone:
             return given, given.detach(), right
         losses, _, _ = slot_losses(hidden, wanted, self._head, self._chunk)
         return losses + given, given.detach(), right
+
+
+def _slots(blocks: Blocks, config: D2SDDrafterConfig) -> tuple[Tensor, Tensor]:
+    """Tokens (B, N·S) of the slots that the network sees, and positions (B, T + N·S) of the context and of these."""
+    if not config.drafts_from_anchor:
+        return blocks.tokens, blocks.position_ids
+    past, own = blocks.position_ids.split([blocks.context.shape[1], blocks.tokens.shape[1]], dim=1)
+    tokens, own = (x.view(blocks.labels.shape)[..., : config.block_slots].flatten(1) for x in (blocks.tokens, own))
+    return tokens, torch.cat([past, own], dim=1)

@@ -117,7 +117,7 @@ def path_losses(
             logits = parts.head(slots).float()
             best = logits.topk(min(parts.candidates, logits.shape[-1]), dim=-1)
             others = paths.rest(best.values, logits.logsumexp(-1))  # (m,)
-            rows = parts.rows(best.indices)
+        rows = parts.rows(best.indices)
         scores = parts.path_head(slots, before[:, None], rows.to(slots.dtype))  # (m, 1, C)
         log_probs = paths.conditional(best.values, scores, others)[:, 0]
         here = best.indices == label[:, None]
@@ -135,7 +135,7 @@ class PathParts:
 
     path_head: Callable  # see `D2SDPathHead.forward`
     head: Head
-    rows: Callable[[Tensor], Tensor]  # rows (..., H) of the LM head at places (...) of the draft vocabulary
+    rows: Callable[[Tensor], Tensor]  # vectors (..., R) of candidates at places (...) of the draft vocabulary
     candidates: int  # how many of a slot's likeliest tokens are scored
 
 
