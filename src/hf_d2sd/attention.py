@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .cache import Place, TreeCache, TreeLayer, layer_windows
+from .cache import Place, TreeCache, TreeLayer, is_recurrent, layer_windows, side_by_side
 from .compat import attention_within, current_plan, register_attention
 from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Scoring, tokens_of
 from .tree import CandidateTree, Chains
@@ -128,6 +128,7 @@ def _attend(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (states.to(dtype) for states in (query, key, value))
     call = _cascade_op if torch.compiler.is_compiling() else cascade
+    came_as, query = query.shape, side_by_side(query, len(plan.bounds))
     output = call(
         query,
         key,
@@ -146,6 +147,8 @@ def _attend(
         plan.causal,
         plan.has_prefix,
     )
+    if came_as[0] > len(output):  # chains of each row, side by side: back to rows
+        output = output.view(came_as[0], came_as[2], *output.shape[2:])
     return output, None
 
 
@@ -253,6 +256,7 @@ class TreeAttention:
     text_config: object
     kernel: Kernel | None = None  # of a cascade; `None`: masks
     causal_types: frozenset[str] = frozenset()  # layer types in which also the nodes of a block see none behind them
+    recurrent: bool = False  # whether some layers keep a state: nodes then come as chains
 
     @classmethod
     def for_model(cls, model, forced: str | None = None, two_sided: bool = False) -> "TreeAttention":
@@ -264,12 +268,16 @@ class TreeAttention:
         Raises:
             ValueError: for an unknown backend, or one that cannot run here.
         """
+        recurrent = is_recurrent(model.config)
         backend, reason = choose(Facts.of(model), forced)
+        if recurrent and backend in MASKED:
+            backend, reason = _choose_for_chains(Facts.of(model), backend, forced, reason)
         windows = {name: window and window + two_sided for name, window in layer_windows(model.config).items()}
         kernel = KERNELS.get(backend)
         text_config = model.config.get_text_config(decoder=True)
         causal_types = frozenset((model.config.causal_layer_types or ()) if two_sided else ())
-        return cls(backend, reason, NAME if kernel else backend, windows, text_config, kernel, causal_types)
+        name = NAME if kernel else backend
+        return cls(backend, reason, name, windows, text_config, kernel, causal_types, recurrent)
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
@@ -308,16 +316,36 @@ class TreeAttention:
 
     def masks(self, prepared) -> dict[str, Tensor]:
         """By layer type, what a layer is given as its mask; with a plan one that says nothing, so none is made."""
-        if not isinstance(prepared, TreePlan):
-            return prepared
+        if not isinstance(prepared, TreePlan) or not prepared.plans:
+            return prepared if not isinstance(prepared, TreePlan) else {}
         device = next(iter(prepared.plans.values())).bounds.device
         return dict.fromkeys(self.windows, torch.empty(1, 1, 1, 1, device=device))
 
     def as_argument(self, prepared):
         """What the model's forward takes as `attention_mask`: one for each layer type, or one for all."""
         masks = self.masks(prepared)
+        if self.recurrent:  # their models name two kinds of masks, or take none
+            return {"full_attention": next(iter(masks.values())), **masks, **_NO_PADDING} if masks else None
         by_type = getattr(self.text_config, "layer_types", None) is not None  # as `create_masks_for_generate` decides
         return masks if by_type else next(iter(masks.values()))
+
+
+_NO_PADDING = {"linear_attention": None, "conv": None}  # what recurrent layers take for a mask
+
+
+def _choose_for_chains(facts: Facts, backend: str, forced: str | None, reason: str) -> tuple[str, str]:
+    """In the place of masks over all keys, which chains that share a prefix do not have.
+
+    Raises:
+        ValueError: where such masks are asked for, or the model takes no other attention function.
+    """
+    if facts.obstacle is not None or forced is not None:
+        why = f"d2sd_attention_backend={forced!r} has no shared prefix" if forced is not None else facts.obstacle
+        raise ValueError(
+            f"D²SD checks the chains of a target with recurrent states against one cached prefix, and here {why}. "
+            "Generate without assistant_model, or leave d2sd_attention_backend unset."
+        )
+    return "masked", f"{KERNELS['masked'].describe}: {reason}"
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

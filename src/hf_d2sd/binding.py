@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .compat import embedding_scale, is_stateful
+from .compat import embedding_scale, state_obstacle
 from .modeling import D2SDAssistant, D2SDDrafterConfig
 
 
@@ -22,10 +22,10 @@ def refuse(reasons: list[str]) -> None:
 
 def unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[str]:
     """What stands in the way, in words; empty if nothing does."""
-    name = type(target).__name__
+    name, obstacle = type(target).__name__, state_obstacle(target.config)
     reasons = {
         f"{name} is an encoder-decoder model": target.config.is_encoder_decoder,
-        f"{name} has a recurrent state, which cannot return to an accepted prefix": is_stateful(target),
+        f"{name} has a recurrent state, and {obstacle}": obstacle,
         "use_cache is False": config.use_cache is False,
         "synced_gpus (ZeRO-3 or FSDP) is on": mode_kwargs.get("synced_gpus"),
         "prompt_lookup_num_tokens is set": config.prompt_lookup_num_tokens is not None,

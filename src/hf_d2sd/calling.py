@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from .cache import TreeCache, check_supported, save_contexts, saved_contexts
+from .cache import TreeCache, check_supported, is_recurrent, save_contexts, saved_contexts
 from .captured import shapes_of
 from .choosing import Choosers, Record
 from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, pad_token
@@ -38,7 +38,8 @@ def assisted_decode(
     """
     streamer, user_cache, model_kwargs = _sorted_out(kwargs)
     check_supported(target.config, user_cache)
-    prompt = read_prompt(input_ids, user_cache, generation_config, model_kwargs)
+    recurrent = is_recurrent(target.config)
+    prompt = read_prompt(input_ids, user_cache, generation_config, model_kwargs, pads_left=recurrent)
     if streamer is not None and prompt.rows > 1:
         raise ValueError(f"A streamer takes one sequence, got a batch of {prompt.rows}: drop `streamer`.")
     options = settle(assistant, generation_config)

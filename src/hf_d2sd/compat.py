@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, CompileConfig, GenerationConfig
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    get_layer_types_and_kwargs,
+)
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -55,6 +61,11 @@ def wrap_assisted_decoding(wrapper: Callable) -> None:
     _wrap(GenerationMixin, "_assisted_decoding", wrapper)
 
 
+def mode_to_validate(target, mode: GenerationMode) -> GenerationMode:
+    """As which mode stock checks a call of ours: in assisted decoding it refuses every target with a state."""
+    return GenerationMode.GREEDY_SEARCH if is_stateful(target) else mode
+
+
 def _wrap(owner: type, name: str, wrapper: Callable) -> None:
     """Replace a method by `wrapper(stock, ...)`, once, keeping the stock signature."""
     stock = getattr(owner, name)
@@ -75,6 +86,45 @@ def _wrap(owner: type, name: str, wrapper: Callable) -> None:
 def is_stateful(target) -> bool:
     """Whether a model has a state beside keys and values."""
     return target._is_stateful
+
+
+# Models with a recurrent state whose caches are the cache layers of Transformers, by the types of their configs.
+_SERVED_STATES = {
+    "bamba",
+    "falcon_h1",
+    "granitemoehybrid",
+    "jamba",
+    "lfm2",
+    "lfm2_moe",
+    "mamba2",
+    "olmo_hybrid",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+    "zamba2",
+}
+_UNSERVED_STATES = {
+    "minimax": "it keeps its states in a cache class of its own",
+    "recurrent_gemma": "it keeps its states in its modules, outside of any cache",
+}
+
+
+def state_obstacle(config) -> str | None:
+    """Why a model's recurrent states cannot follow a tree's accepted path; `None` if they can, or there are none."""
+    text = config.get_text_config(decoder=True)
+    if text.model_type in _UNSERVED_STATES:
+        return _UNSERVED_STATES[text.model_type]
+    if not STATE_TYPES.intersection(layer_types_of(config)[0]) or text.model_type in _SERVED_STATES:
+        return None
+    return f"states of {text.model_type!r} are not among those that are known to"
+
+
+# Mixers whose pass over several tokens forgets the state before them: they take one token after the other.
+_FORGETFUL_MIXERS = {"JambaMambaMixer"}
+
+
+def goes_stepwise(mixer: nn.Module) -> bool:
+    return type(mixer).__name__ in _FORGETFUL_MIXERS
 
 
 def is_users_cache(cache: Cache) -> bool:
@@ -219,7 +269,9 @@ _wrap(AttentionInterface, "get_interface", _get_interface)
 
 
 def takes_attention_functions(decoder) -> bool:
-    return getattr(decoder, "_supports_attention_backend", False)
+    """Models with a state do not say so, but ask for the attention function as the others do."""
+    asks = getattr(decoder, "_supports_flash_attn", False) and getattr(decoder, "_is_stateful", False)
+    return asks or getattr(decoder, "_supports_attention_backend", False)
 
 
 def has_sdpa(decoder) -> bool:
@@ -239,6 +291,53 @@ def compiled_everywhere() -> CompileConfig:
 def layer_types_of(config) -> tuple[list[str], list[dict]]:
     """Of a decoder's layers the types, by Transformers' names, and what their caches are made with."""
     return get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+
+
+# Types of layers with a convolution's or a recurrence's state, and of those that attend beside it.
+STATE_TYPES = frozenset({"linear_attention", "conv", "hybrid"})
+ATTENDING_TYPES = frozenset({"full_attention", "sliding_attention", "hybrid"})
+_STATE = ("conv_states", "recurrent_states")
+_FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
+
+States = dict[str, dict[int, Tensor | None]]  # by attribute of a cache layer, then by index: (B, ...)
+
+
+def states_of(layer: LinearAttentionLayer) -> States:
+    """A layer's states as they are, not copied."""
+    return {name: dict(getattr(layer, name)) for name in _STATE}
+
+
+def set_states(layer: LinearAttentionLayer, states: States) -> None:
+    for name, values in states.items():
+        setattr(layer, name, dict(values))
+
+
+def copy_state_flags(layer: LinearAttentionLayer, other: LinearAttentionLayer) -> None:
+    """Let a layer be as far initialised as another, whose states it is given."""
+    for name in _FLAGS:
+        setattr(layer, name, dict(getattr(other, name)))
+    layer.number_of_states = other.number_of_states
+
+
+def has_states(layer: LinearAttentionLayer) -> bool:
+    return any(layer.has_previous_state.values())
+
+
+def cached_length(cache: Cache) -> int:
+    """Tokens in a cache; 0 for one without attention that is empty.
+
+    Raises:
+        ValueError: for states of which no layer counts the tokens.
+    """
+    layers = cache.layers
+    if not layers or any(hasattr(layer, "get_seq_length") for layer in layers):
+        return cache.get_seq_length()
+    if any(has_states(layer) for layer in layers if isinstance(layer, LinearAttentionLayer)):
+        raise ValueError(
+            f"{CACHE_NAME} holds recurrent states alone, which do not say of how many tokens. Pass the whole prompt "
+            f"without {CACHE_NAME}."
+        )
+    return 0
 
 
 # Logits processors ---------------------------------------------------------------------------------------------------
@@ -294,6 +393,7 @@ __all__ = [
     "DynamicSlidingWindowLayer",
     "EosTokenCriteria",
     "GenerateDecoderOnlyOutput",
+    "LinearAttentionLayer",
     "LogitsProcessorList",
     "MaxLengthCriteria",
     "StoppingCriteriaList",

@@ -1,0 +1,229 @@
+"""Trees for targets with recurrent states: chains from root to leaf as rows, and states that follow the accepted path.
+
+A recurrent layer sees one token after the other, so a tree's chains run as rows of their own, each from a copy of its
+row's state. Attention layers put these rows side by side again: they see the cached prefix once, and no key of it is
+copied. A layer's kernel gives the state after the last token alone. So the states are those before the pass until it
+is known what is kept of it; then the recurrent modules, and nothing else of the model, run once more over the inputs
+that they had for the kept tokens. A module of its own because no other part of the core knows that states exist.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .attention import Nodes
+from .cache import StateLayer, TreeCache, choose_rows, map_states
+from .compat import States, goes_stepwise
+from .tree import CandidateTree
+
+
+@dataclass(frozen=True)
+class Chains:
+    """A tree's C chains from root to leaf, L tokens each, all beginning with the anchor; fillers stand at their ends."""
+
+    tokens: Tensor  # (B, C, L)
+    slots: Tensor  # (B, N), where each node stands among the C·L tokens: in the first chain that it is in
+
+    @classmethod
+    def of_tree(cls, tree: CandidateTree) -> "Chains":
+        rows, size = tree.tokens.shape
+        nodes = torch.arange(size, device=tree.tokens.device)
+        exists = (tree.parents >= 0) | (nodes == 0)
+        parents = torch.zeros_like(tree.parents).scatter_reduce(1, tree.parents.clamp(min=0), tree.parents + 1, "amax")
+        is_leaf = exists & (parents == 0)
+        chain = is_leaf.cumsum(1) - 1  # (B, N), of a leaf
+        count, length = torch.stack([is_leaf.sum(1).max(), tree.depths.max() + 1]).tolist()
+
+        within = tree.visibility() & (is_leaf & exists)[..., None]  # (B, leaves, nodes)
+        place = torch.where(within, chain[..., None] * length + tree.depths[:, None], count * length)
+        tokens = tree.tokens[:, :1].repeat(1, count * length + 1)  # the last one takes what is no chain's
+        tokens.scatter_(1, place.flatten(1), tree.tokens[:, None].expand(-1, size, -1).flatten(1))
+        slots = torch.where(exists, place.amin(1), 0)
+        return cls(tokens[:, :-1].view(rows, count, length), slots)
+
+    def nodes(self) -> Nodes:
+        """The tokens as an attention's queries: chains that do not see each other."""
+        rows, count, length = self.tokens.shape
+        return Nodes.of_blocks(rows, count, length, self.tokens.device).causal
+
+    def gather(self, states: Tensor) -> Tensor:
+        """From what the chains' rows give, (B·C, L, ...), what belongs to each node (B, N, ...)."""
+        return pick(states, self.tokens.shape[0], self.slots)
+
+
+def pick(states: Tensor, rows: int, slots: Tensor, of: list[int] | None = None) -> Tensor:
+    """(B', A, ...): of states (B·C, L, ...) those in slots (B', A) of the rows `of`, by default of all B `rows`."""
+    flat = states.reshape(rows, -1, *states.shape[2:])
+    at = torch.tensor(range(rows) if of is None else of, device=flat.device)[:, None]
+    return flat[at, slots.to(flat.device)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A module that changed a layer's state, and what it was called with."""
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict
+
+    def again(self, choose: Callable[[Tensor], Tensor], is_by_token: Callable[[Tensor], bool]) -> None:
+        """Call it with some tokens of what is along the tokens."""
+
+        def chosen(value):
+            return choose(value) if torch.is_tensor(value) and is_by_token(value) else value
+
+        args, kwargs = map(chosen, self.args), {name: chosen(value) for name, value in self.kwargs.items()}
+        self.module(*args, **kwargs)
+
+
+@dataclass
+class Pass:
+    """A pass over chains, whose states are not those that count."""
+
+    chains: Chains
+    before: dict[StateLayer, States]
+    after: dict[StateLayer, States] = field(default_factory=dict)
+    calls: dict[StateLayer, Call] = field(default_factory=dict)
+
+    def keep(self, slots: Tensor, counts: list[int]) -> None:
+        """Let the states be those after each row's first `counts[b]` of the tokens in `slots` (B, A)."""
+        rows, count, length = self.chains.tokens.shape
+        for layer, before in self.before.items():
+            if count == 1 and set(counts) <= {0, length}:
+                layer.states = map_states(_by_row([not kept for kept in counts]), before, self.after[layer])
+            else:
+                with _watching(None):
+                    layer.states = self._follow(layer, before, slots, counts)
+
+    def _follow(self, layer: StateLayer, states: States, slots: Tensor, counts: list[int]) -> States:
+        """The states after the kept tokens: from end to end of some row, with the rows that go on."""
+        rows, chains, length = self.chains.tokens.shape
+        kept, start = [([row for row, count in enumerate(counts) if not count], states)], 0
+        for end in sorted(set(counts) - {0}):
+            going = [row for row, count in enumerate(counts) if count >= end]
+            layer.states = choose_rows(states, going)
+            self.calls[layer].again(
+                lambda value: pick(value, rows, slots[going, start:end], going),  # noqa: B023
+                lambda value: value.shape[:2] == (rows * chains, length),
+            )
+            kept.append(([row for row in going if counts[row] == end], _spread(layer.states, going, rows)))
+            states, start = kept[-1][1], end
+        order = [row for of, _ in kept for row in of]
+        parts = [choose_rows(part, of) for of, part in kept if of]
+        joined = map_states(lambda *of: torch.cat(of), *parts)
+        return joined if order == sorted(order) else choose_rows(joined, [order.index(row) for row in range(rows)])
+
+
+def _by_row(first: list[bool]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Takes rows (B, ...) of its first argument where so said, the others of its second."""
+
+    def choose(one: Tensor, other: Tensor) -> Tensor:
+        if not any(first):
+            return other
+        takes = torch.tensor(first, device=one.device).view(-1, *(1,) * (one.ndim - 1))
+        return torch.where(takes, one, other)
+
+    return choose
+
+
+def _spread(states: States, of: list[int], rows: int) -> States:
+    """States of the rows `of` among all rows, whatever in the others."""
+    if len(of) == rows:
+        return states
+    at = [of.index(row) if row in of else 0 for row in range(rows)]
+    return choose_rows(states, at)
+
+
+@contextlib.contextmanager
+def pass_over(cache: TreeCache, chains: Chains) -> Iterator[Pass]:
+    """Within, the cache's states are copies for each of the chains; afterwards they are as before."""
+    count = chains.tokens.shape[1]
+    layers = cache.state_layers
+    here = Pass(chains, {layer: layer.states for layer in layers})
+    for layer in layers:
+        layer.states = map_states(lambda state: state.repeat_interleave(count, dim=0), layer.states)
+    with _watching(here):
+        yield here
+    for layer, states in here.before.items():
+        if count == 1:
+            here.after[layer] = layer.states
+        layer.states = states
+
+
+# What runs is seen by hooks on the model's modules, which do nothing in passes other than these ----------------------
+
+
+class _Running(threading.local):
+    active = False
+    stepping = False
+    stack: list[Call] = []  # the modules that run, the innermost last
+
+
+_running = _Running()
+
+
+@contextlib.contextmanager
+def _watching(here: Pass | None) -> Iterator[None]:
+    """Within, hooks are at work in this thread; calls that change states are noted in `here`."""
+    layers = [] if here is None else list(here.before)
+    _running.active, _running.stack = True, []
+    for layer in layers:
+        layer.on_update = lambda layer: here.calls.setdefault(layer, _running.stack[-1])
+    try:
+        yield
+    finally:
+        _running.active = False
+        for layer in layers:
+            layer.on_update = None
+
+
+def watch(model: nn.Module) -> None:
+    """Put hooks, once, on the modules of a model that know which layer they belong to."""
+    for module in model.modules():
+        if hasattr(module, "layer_idx") and not hasattr(module, "_d2sd_is_watched"):
+            module._d2sd_is_watched = True
+            module.register_forward_pre_hook(_enter, with_kwargs=True)
+            module.register_forward_hook(_leave, with_kwargs=True)
+
+
+def _enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    if not _running.active or _running.stepping:
+        return None
+    _running.stack.append(Call(module, args, kwargs))
+    if _has_steps(module, args, kwargs):
+        return _token(args, kwargs, 0)
+    return None
+
+
+def _leave(module: nn.Module, args: tuple, kwargs: dict, output):
+    if not _running.active or _running.stepping:
+        return None
+    call = _running.stack.pop()
+    if not _has_steps(module, call.args, call.kwargs):
+        return None
+    _running.stepping = True
+    outputs = [output]
+    for at in range(1, _hidden(call.args, call.kwargs).shape[1]):
+        args, kwargs = _token(call.args, call.kwargs, at)
+        outputs.append(module(*args, **kwargs))
+    _running.stepping = False
+    return torch.cat(outputs, dim=1)
+
+
+def _hidden(args: tuple, kwargs: dict) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _has_steps(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether a module has to take its tokens one after the other."""
+    return goes_stepwise(module) and _hidden(args, kwargs).shape[1] > 1
+
+
+def _token(args: tuple, kwargs: dict, at: int) -> tuple[tuple, dict]:
+    """The arguments of a mixer for one of its tokens."""
+    one = _hidden(args, kwargs)[:, at : at + 1]
+    return ((one, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": one})
