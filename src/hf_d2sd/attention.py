@@ -269,10 +269,11 @@ class TreeAttention:
             ValueError: for an unknown backend, or one that cannot run here.
         """
         recurrent = is_recurrent(model.config)
-        backend, reason = choose(Facts.of(model), forced)
-        if recurrent and backend in MASKED:
-            backend, reason = _choose_for_chains(Facts.of(model), backend, forced, reason)
         windows = {name: window and window + two_sided for name, window in layer_windows(model.config).items()}
+        if recurrent:
+            backend, reason = _choose_for_chains(Facts.of(model), forced, bool(windows))
+        else:
+            backend, reason = choose(Facts.of(model), forced)
         kernel = KERNELS.get(backend)
         text_config = model.config.get_text_config(decoder=True)
         causal_types = frozenset((model.config.causal_layer_types or ()) if two_sided else ())
@@ -316,8 +317,8 @@ class TreeAttention:
 
     def masks(self, prepared) -> dict[str, Tensor]:
         """By layer type, what a layer is given as its mask; with a plan one that says nothing, so none is made."""
-        if not isinstance(prepared, TreePlan) or not prepared.plans:
-            return prepared if not isinstance(prepared, TreePlan) else {}
+        if not isinstance(prepared, TreePlan):
+            return prepared
         device = next(iter(prepared.plans.values())).bounds.device
         return dict.fromkeys(self.windows, torch.empty(1, 1, 1, 1, device=device))
 
@@ -333,19 +334,22 @@ class TreeAttention:
 _NO_PADDING = {"linear_attention": None, "conv": None}  # what recurrent layers take for a mask
 
 
-def _choose_for_chains(facts: Facts, backend: str, forced: str | None, reason: str) -> tuple[str, str]:
-    """In the place of masks over all keys, which chains that share a prefix do not have.
+def _choose_for_chains(facts: Facts, forced: str | None, attends: bool) -> tuple[str, str]:
+    """As `choose`, for chains: they share a prefix, as masks over all keys do not have it.
 
     Raises:
-        ValueError: where such masks are asked for, or the model takes no other attention function.
+        ValueError: as `choose`, for such masks that are asked for, and for models that take no other attention function.
     """
-    if facts.obstacle is not None or forced is not None:
-        why = f"d2sd_attention_backend={forced!r} has no shared prefix" if forced is not None else facts.obstacle
+    if not attends:
+        return "none", "no layer attends"
+    if facts.obstacle is not None or forced in MASKED:
+        why = f"d2sd_attention_backend is {forced!r}" if forced is not None else facts.obstacle
         raise ValueError(
-            f"D²SD checks the chains of a target with recurrent states against one cached prefix, and here {why}. "
-            "Generate without assistant_model, or leave d2sd_attention_backend unset."
+            "D²SD checks a tree's chains against one cached prefix where a target has recurrent states, and here "
+            f"{why}. Leave d2sd_attention_backend unset, or generate without assistant_model."
         )
-    return "masked", f"{KERNELS['masked'].describe}: {reason}"
+    backend, reason = choose(facts, forced)
+    return (backend, reason) if backend in KERNELS else ("masked", KERNELS["masked"].describe)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -216,7 +216,7 @@ class StateLayer(LinearAttentionLayer, TreeLayer):
         LinearAttentionLayer.__init__(self, number_of_states)
         TreeLayer.__init__(self, window)
         self.attends = attends
-        self.on_update: Callable[[StateLayer], None] | None = None  # called when a module changes the state
+        self.on_update: Callable[[], None] | None = None  # called when a module changes the state
 
     def lazy_initialization(self, *args, **kwargs) -> None:
         if args:
@@ -234,7 +234,7 @@ class StateLayer(LinearAttentionLayer, TreeLayer):
 
     def _tell(self) -> None:
         if self.on_update is not None:
-            self.on_update(self)
+            self.on_update()
 
     def count(self, rows: int, size: int, device: torch.device) -> None:
         """Note that `size` tokens of each row came by."""
@@ -280,9 +280,11 @@ def map_states(change: Callable[..., Tensor], *states: States) -> States:
     }
 
 
-def choose_rows(states: States, rows: list[int]) -> States:
-    """Copies of some rows' states."""
-    return map_states(lambda state: state[torch.tensor(rows, device=state.device)], states)
+def choose_rows(states: States, rows: list[int] | None) -> States:
+    """Copies of some rows' states, or of all."""
+    if rows is None:
+        return map_states(Tensor.clone, states)
+    return map_states(lambda state: state[torch.tensor(rows, dtype=torch.long, device=state.device)], states)
 
 
 def targets_of(place: Place, nodes: Tensor) -> Tensor:

@@ -119,12 +119,16 @@ def state_obstacle(config) -> str | None:
     return f"states of {text.model_type!r} are not among those that are known to"
 
 
-# Mixers whose pass over several tokens forgets the state before them: they take one token after the other.
-_FORGETFUL_MIXERS = {"JambaMambaMixer"}
+_FORGETFUL_MIXERS = {"JambaMambaMixer"}  # a pass over several tokens starts from no state
 
 
 def goes_stepwise(mixer: nn.Module) -> bool:
-    return type(mixer).__name__ in _FORGETFUL_MIXERS
+    """Whether a mixer's pass over several tokens is not what their passes one by one would be.
+
+    Some limit their time steps in the former only: plain decoding goes one by one.
+    """
+    unlimited = (None, (0.0, float("inf")))
+    return type(mixer).__name__ in _FORGETFUL_MIXERS or getattr(mixer, "time_step_limit", None) not in unlimited
 
 
 def is_users_cache(cache: Cache) -> bool:

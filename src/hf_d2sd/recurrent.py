@@ -8,6 +8,7 @@ that they had for the kept tokens. A module of its own because no other part of 
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -82,40 +83,40 @@ class Call:
 
 @dataclass
 class Pass:
-    """A pass over chains, whose states are not those that count."""
+    """A pass over chains, whose states are not those that count. All by the index of a layer."""
 
     chains: Chains
-    before: dict[StateLayer, States]
-    after: dict[StateLayer, States] = field(default_factory=dict)
-    calls: dict[StateLayer, Call] = field(default_factory=dict)
+    layers: dict[int, StateLayer]
+    before: dict[int, States]
+    after: dict[int, States] = field(default_factory=dict)  # of one chain alone
+    calls: dict[int, Call] = field(default_factory=dict)
 
     def keep(self, slots: Tensor, counts: list[int]) -> None:
         """Let the states be those after each row's first `counts[b]` of the tokens in `slots` (B, A)."""
-        rows, count, length = self.chains.tokens.shape
-        for layer, before in self.before.items():
+        _, count, length = self.chains.tokens.shape
+        none_kept = [not kept for kept in counts]
+        for at, layer in self.layers.items():
             if count == 1 and set(counts) <= {0, length}:
-                layer.states = map_states(_by_row([not kept for kept in counts]), before, self.after[layer])
+                layer.states = map_states(_by_row(none_kept), self.before[at], self.after[at])
             else:
                 with _watching(None):
-                    layer.states = self._follow(layer, before, slots, counts)
+                    layer.states = self._follow(at, slots, counts)
 
-    def _follow(self, layer: StateLayer, states: States, slots: Tensor, counts: list[int]) -> States:
-        """The states after the kept tokens: from end to end of some row, with the rows that go on."""
+    def _follow(self, layer_index: int, slots: Tensor, counts: list[int]) -> States:
+        """The states after the kept tokens. The rows run together up to the end of one, which then stays behind."""
+        layer, call, states = self.layers[layer_index], self.calls[layer_index], self.before[layer_index]
         rows, chains, length = self.chains.tokens.shape
-        kept, start = [([row for row, count in enumerate(counts) if not count], states)], 0
-        for end in sorted(set(counts) - {0}):
-            going = [row for row, count in enumerate(counts) if count >= end]
-            layer.states = choose_rows(states, going)
-            self.calls[layer].again(
-                lambda value: pick(value, rows, slots[going, start:end], going),  # noqa: B023
-                lambda value: value.shape[:2] == (rows * chains, length),
-            )
-            kept.append(([row for row in going if counts[row] == end], _spread(layer.states, going, rows)))
-            states, start = kept[-1][1], end
-        order = [row for of, _ in kept for row in of]
-        parts = [choose_rows(part, of) for of, part in kept if of]
-        joined = map_states(lambda *of: torch.cat(of), *parts)
-        return joined if order == sorted(order) else choose_rows(joined, [order.index(row) for row in range(rows)])
+        going, start, done = list(range(rows)), 0, {}
+        for end in sorted(set(counts)):
+            if end:
+                layer.states = choose_rows(states, None)
+                part = functools.partial(pick, rows=rows, slots=slots[going, start:end], of=going)
+                call.again(part, lambda value: value.shape[:2] == (rows * chains, length))
+                states = layer.states
+            done |= {row: choose_rows(states, [at]) for at, row in enumerate(going) if counts[row] == end}
+            staying = [at for at, row in enumerate(going) if counts[row] > end]
+            states, going, start = choose_rows(states, staying), [going[at] for at in staying], end
+        return map_states(lambda *of: torch.cat(of), *(done[row] for row in range(rows)))
 
 
 def _by_row(first: list[bool]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -130,28 +131,20 @@ def _by_row(first: list[bool]) -> Callable[[Tensor, Tensor], Tensor]:
     return choose
 
 
-def _spread(states: States, of: list[int], rows: int) -> States:
-    """States of the rows `of` among all rows, whatever in the others."""
-    if len(of) == rows:
-        return states
-    at = [of.index(row) if row in of else 0 for row in range(rows)]
-    return choose_rows(states, at)
-
-
 @contextlib.contextmanager
 def pass_over(cache: TreeCache, chains: Chains) -> Iterator[Pass]:
     """Within, the cache's states are copies for each of the chains; afterwards they are as before."""
     count = chains.tokens.shape[1]
-    layers = cache.state_layers
-    here = Pass(chains, {layer: layer.states for layer in layers})
-    for layer in layers:
+    layers = {at: layer for at, layer in enumerate(cache.layers) if isinstance(layer, StateLayer)}
+    here = Pass(chains, layers, {at: layer.states for at, layer in layers.items()})
+    for layer in layers.values():
         layer.states = map_states(lambda state: state.repeat_interleave(count, dim=0), layer.states)
     with _watching(here):
         yield here
-    for layer, states in here.before.items():
+    for at, layer in layers.items():
         if count == 1:
-            here.after[layer] = layer.states
-        layer.states = states
+            here.after[at] = layer.states
+        layer.states = here.before[at]
 
 
 # What runs is seen by hooks on the model's modules, which do nothing in passes other than these ----------------------
@@ -159,8 +152,9 @@ def pass_over(cache: TreeCache, chains: Chains) -> Iterator[Pass]:
 
 class _Running(threading.local):
     active = False
-    stepping = False
-    stack: list[Call] = []  # the modules that run, the innermost last
+    stepping = False  # hooks are at rest while one of them goes on by single tokens
+    here: Pass | None = None  # where calls that change states are noted
+    stack: tuple[Call, ...] = ()  # the modules that run, the innermost last
 
 
 _running = _Running()
@@ -169,16 +163,21 @@ _running = _Running()
 @contextlib.contextmanager
 def _watching(here: Pass | None) -> Iterator[None]:
     """Within, hooks are at work in this thread; calls that change states are noted in `here`."""
-    layers = [] if here is None else list(here.before)
-    _running.active, _running.stack = True, []
-    for layer in layers:
-        layer.on_update = lambda layer: here.calls.setdefault(layer, _running.stack[-1])
+    layers = {} if here is None else here.layers
+    _running.active, _running.here, _running.stack = True, here, ()
+    for at, layer in layers.items():
+        layer.on_update = functools.partial(_note, at)
     try:
         yield
     finally:
-        _running.active = False
-        for layer in layers:
+        _running.active, _running.stepping, _running.here = False, False, None
+        for layer in layers.values():
             layer.on_update = None
+
+
+def _note(layer_index: int) -> None:
+    if _running.here is not None and _running.stack:
+        _running.here.calls[layer_index] = _running.stack[-1]
 
 
 def watch(model: nn.Module) -> None:
@@ -193,8 +192,9 @@ def watch(model: nn.Module) -> None:
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
     if not _running.active or _running.stepping:
         return None
-    _running.stack.append(Call(module, args, kwargs))
+    _running.stack += (Call(module, args, kwargs),)
     if _has_steps(module, args, kwargs):
+        _note(module.layer_idx)  # single tokens may change a state in its place
         return _token(args, kwargs, 0)
     return None
 
@@ -202,7 +202,8 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
 def _leave(module: nn.Module, args: tuple, kwargs: dict, output):
     if not _running.active or _running.stepping:
         return None
-    call = _running.stack.pop()
+    *before, call = _running.stack
+    _running.stack = tuple(before)
     if not _has_steps(module, call.args, call.kwargs):
         return None
     _running.stepping = True
