@@ -33,6 +33,7 @@ _EXPERTS = dict(
 )
 _MIXED = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 _MAMBA_2 = dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
+_MAMBA_2_LAYERS = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, mamba_n_groups=2)
 
 
 def _without(settings: dict, *names: str) -> dict:
@@ -93,6 +94,52 @@ _BUILDERS = {
             **_without(_DELTA, "linear_num_value_heads"),
             linear_num_value_heads=2,
             layer_types=_MIXED,
+        )
+    ),
+    "bamba": lambda: tf.BambaForCausalLM(
+        tf.BambaConfig(**_without(_SIZES, "head_dim"), attn_layer_indices=[1, 3], **_MAMBA_2_LAYERS)
+    ),
+    "granitemoehybrid": lambda: tf.GraniteMoeHybridForCausalLM(
+        tf.GraniteMoeHybridConfig(
+            **_without(_SIZES, "head_dim"),
+            layers_block_type=["mamba", "attention", "mamba", "attention"],
+            shared_intermediate_size=48,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            **_MAMBA_2_LAYERS,
+        )
+    ),
+    "nemotron_h": lambda: tf.NemotronHForCausalLM(
+        tf.NemotronHConfig(
+            **_without(_SIZES, "num_hidden_layers"),
+            layers_block_type=["mamba", "attention", "mlp", "mamba"],
+            mamba_num_heads=8,
+            mamba_head_dim=8,
+            ssm_state_size=8,
+            n_groups=2,
+            chunk_size=8,
+        )
+    ),
+    "lfm2_moe": lambda: tf.Lfm2MoeForCausalLM(
+        tf.Lfm2MoeConfig(
+            **_SIZES,
+            layer_types=["conv", "full_attention", "conv", "full_attention"],
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=24,
+            num_dense_layers=1,
+        )
+    ),
+    "mamba": lambda: tf.MambaForCausalLM(
+        tf.MambaConfig(
+            **_without(_SIZES, "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+            state_size=8,
+        )
+    ),
+    "falcon_mamba": lambda: tf.FalconMambaForCausalLM(
+        tf.FalconMambaConfig(
+            **_without(_SIZES, "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+            state_size=8,
         )
     ),
     "recurrent_gemma": lambda: tf.RecurrentGemmaForCausalLM(

@@ -394,7 +394,7 @@ class TreeCache(Cache):
         """
         tree_cache = cls(config)
         for layer, plain in zip(tree_cache.layers, cache.layers):
-            if isinstance(layer, StateLayer) and has_states(plain):
+            if has_states(plain):
                 layer.take_states(plain)
             if getattr(plain, "is_initialized", False) and plain.keys is not None and plain.keys.numel():
                 dropped = plain.get_seq_length() - plain.keys.shape[2]
@@ -425,7 +425,7 @@ class TreeCache(Cache):
         """
         cache.layers.extend(DynamicLayer() for _ in range(len(self.layers) - len(cache.layers)))
         for layer, plain in zip(self.layers, cache.layers):
-            if isinstance(layer, StateLayer):
+            if has_states(layer):
                 copy_state_flags(plain, layer)
                 set_states(plain, layer.states)
                 plain.dtype, plain.device = layer.dtype, layer.device
@@ -506,7 +506,7 @@ def check_supported(config, cache: Cache) -> None:
         )
     for layer, window, kind in zip(cache.layers, windows, types):
         if kind in STATE_TYPES:
-            fits = isinstance(layer, LinearAttentionLayer) and isinstance(layer, DynamicLayer) == (kind == "hybrid")
+            fits = isinstance(layer, DynamicLayer) == (kind == "hybrid")
         else:
             fits = type(layer) is DynamicLayer or (
                 type(layer) is DynamicSlidingWindowLayer and layer.sliding_window == window

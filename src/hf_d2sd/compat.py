@@ -92,11 +92,14 @@ def is_stateful(target) -> bool:
 _SERVED_STATES = {
     "bamba",
     "falcon_h1",
+    "falcon_mamba",
     "granitemoehybrid",
     "jamba",
     "lfm2",
     "lfm2_moe",
+    "mamba",
     "mamba2",
+    "nemotron_h",
     "olmo_hybrid",
     "qwen3_5_moe_text",
     "qwen3_5_text",
@@ -119,7 +122,7 @@ def state_obstacle(config) -> str | None:
     return f"states of {text.model_type!r} are not among those that are known to"
 
 
-_FORGETFUL_MIXERS = {"JambaMambaMixer"}  # a pass over several tokens starts from no state
+_FORGETFUL_MIXERS = {"FalconMambaMixer", "JambaMambaMixer", "MambaMixer"}  # a pass over several tokens starts from no state
 
 
 def goes_stepwise(mixer: nn.Module) -> bool:
@@ -293,8 +296,15 @@ def compiled_everywhere() -> CompileConfig:
 
 
 def layer_types_of(config) -> tuple[list[str], list[dict]]:
-    """Of a decoder's layers the types, by Transformers' names, and what their caches are made with."""
-    return get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    """Of a decoder's layers the types, by Transformers' names, and what their caches are made with.
+
+    A layer that caches nothing, of experts alone say, counts as one whose recurrent state never comes.
+    """
+    text = config.get_text_config(decoder=True)
+    types, options = get_layer_types_and_kwargs(text)
+    if getattr(text, "kv_sharing_modes", None) is None:
+        types = ["linear_attention" if kind == "dummy" else kind for kind in types]
+    return types, options
 
 
 # Types of layers with a convolution's or a recurrence's state, and of those that attend beside it.
@@ -323,8 +333,9 @@ def copy_state_flags(layer: LinearAttentionLayer, other: LinearAttentionLayer) -
     layer.number_of_states = other.number_of_states
 
 
-def has_states(layer: LinearAttentionLayer) -> bool:
-    return any(layer.has_previous_state.values())
+def has_states(layer) -> bool:
+    """Whether a cache layer holds a recurrent state."""
+    return isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values())
 
 
 def cached_length(cache: Cache) -> int:
@@ -336,7 +347,7 @@ def cached_length(cache: Cache) -> int:
     layers = cache.layers
     if not layers or any(hasattr(layer, "get_seq_length") for layer in layers):
         return cache.get_seq_length()
-    if any(has_states(layer) for layer in layers if isinstance(layer, LinearAttentionLayer)):
+    if any(map(has_states, layers)):
         raise ValueError(
             f"{CACHE_NAME} holds recurrent states alone, which do not say of how many tokens. Pass the whole prompt "
             f"without {CACHE_NAME}."

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attention import Nodes
 from .cache import StateLayer, TreeCache, choose_rows, map_states
-from .compat import States, goes_stepwise
+from .compat import States, goes_stepwise, has_states
 from .tree import CandidateTree
 
 
@@ -135,7 +135,7 @@ def _by_row(first: list[bool]) -> Callable[[Tensor, Tensor], Tensor]:
 def pass_over(cache: TreeCache, chains: Chains) -> Iterator[Pass]:
     """Within, the cache's states are copies for each of the chains; afterwards they are as before."""
     count = chains.tokens.shape[1]
-    layers = {at: layer for at, layer in enumerate(cache.layers) if isinstance(layer, StateLayer)}
+    layers = {at: layer for at, layer in enumerate(cache.layers) if has_states(layer)}
     here = Pass(chains, layers, {at: layer.states for at, layer in layers.items()})
     for layer in layers.values():
         layer.states = map_states(lambda state: state.repeat_interleave(count, dim=0), layer.states)
