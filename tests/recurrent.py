@@ -6,6 +6,8 @@ import torch
 import transformers as tf
 from tiny import LAYERS, VOCAB, WIDTH
 
+from hf_d2sd.modeling import CACHE_NAME
+
 _SIZES = dict(
     vocab_size=VOCAB,
     hidden_size=WIDTH,
@@ -146,7 +148,11 @@ _BUILDERS = {
         tf.RecurrentGemmaConfig(**_SIZES, lru_width=WIDTH, attention_window_size=10)
     ),
 }
-FAMILIES = tuple(_BUILDERS)
+REFUSED = {"minimax": "a cache class of its own", "recurrent_gemma": "its modules"}
+WITHOUT_ATTENTION = ("mamba2", "mamba", "falcon_mamba")
+HYBRIDS = tuple(name for name in _BUILDERS if name not in (*REFUSED, *WITHOUT_ATTENTION))
+# Before 5.24 models without attention have a cache of another name.
+FAMILIES = (*HYBRIDS, *WITHOUT_ATTENTION) if CACHE_NAME == "cache" else HYBRIDS
 
 
 @functools.cache

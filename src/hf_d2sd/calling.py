@@ -1,5 +1,6 @@
 """One call of `generate`: what decoding works on is made from its arguments, and what it returns from the outcome."""
 
+import contextlib
 import weakref
 
 from torch import Tensor
@@ -55,6 +56,8 @@ def assisted_decode(
         trace=[] if options.trace else None,
     )
     observer, shapes = Observer(stats, streamer), shapes_of(assistant, options.compile)
+    if recurrent:
+        _check_recurrent(shapes is not contextlib.nullcontext, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
     decode(Batch(worker, drafters, choosers, options), passes, observer, shapes)
@@ -64,6 +67,18 @@ def assisted_decode(
     if prompt.rows == 1:
         save_contexts(user_cache, (weakref.ref(assistant), [drafter.context for drafter in drafters]))
     return output
+
+
+def _check_recurrent(compiles: bool, choosers: Choosers, returns_cache: bool) -> None:
+    """Refuse what a target with recurrent states does not have."""
+    reasons = {
+        "d2sd_compile asks for passes of one shape, which trees cut into chains do not have": compiles,
+        "a stopping criterion of the whole batch may hold for a row's earlier token, to which the returned cache "
+        "cannot go back: leave return_dict_in_generate off": returns_cache and not choosers.rows[0].ends_alone,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"The target has recurrent states, and {reason}.")
 
 
 def _sorted_out(kwargs: dict) -> tuple:

@@ -117,7 +117,12 @@ def state_obstacle(config) -> str | None:
     text = config.get_text_config(decoder=True)
     if text.model_type in _UNSERVED_STATES:
         return _UNSERVED_STATES[text.model_type]
-    if not STATE_TYPES.intersection(layer_types_of(config)[0]) or text.model_type in _SERVED_STATES:
+    types = set(layer_types_of(config)[0])
+    if not types & STATE_TYPES:
+        return None
+    if not types & ATTENDING_TYPES and CACHE_NAME != "cache":
+        return "that without attention is served with transformers>=5.24"
+    if text.model_type in _SERVED_STATES:
         return None
     return f"states of {text.model_type!r} are not among those that are known to"
 
