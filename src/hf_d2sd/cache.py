@@ -333,10 +333,10 @@ class TreeCache(Cache):
     def state_layers(self) -> list[StateLayer]:
         return [layer for layer in self.layers if isinstance(layer, StateLayer)]
 
-    def count(self, tokens: Tensor) -> None:
-        """Let layers that see no keys know that a pass of tokens (B, T) is over."""
+    def count(self, rows: int, size: int, device: torch.device) -> None:
+        """Let layers that see no keys know that a pass over `size` tokens of each row is over."""
         for layer in self.state_layers:
-            layer.count(*tokens.shape[:2], tokens.device)
+            layer.count(rows, size, device)
 
     @property
     def lengths(self) -> list[int]:

@@ -74,7 +74,7 @@ def _check_recurrent(compiles: bool, choosers: Choosers, returns_cache: bool) ->
     reasons = {
         "d2sd_compile asks for passes of one shape, which trees cut into chains do not have": compiles,
         "a stopping criterion of the whole batch may hold for a row's earlier token, to which the returned cache "
-        "cannot go back: leave return_dict_in_generate off": returns_cache and not choosers.rows[0].ends_alone,
+        "cannot go back: leave return_dict_in_generate off": returns_cache and choosers.may_go_beyond,
     }
     for reason, holds in reasons.items():
         if holds:

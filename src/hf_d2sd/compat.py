@@ -130,13 +130,16 @@ def state_obstacle(config) -> str | None:
 _FORGETFUL_MIXERS = {"FalconMambaMixer", "JambaMambaMixer", "MambaMixer"}  # a pass over several tokens starts from no state
 
 
-def goes_stepwise(mixer: nn.Module) -> bool:
-    """Whether a mixer's pass over several tokens is not what their passes one by one would be.
+def goes_stepwise(mixer: nn.Module, in_prompt: bool) -> bool:
+    """Whether a mixer's pass over several tokens that follow others is not what it would be one by one.
 
-    Some limit their time steps in the former only: plain decoding goes one by one.
+    Args:
+        in_prompt: of tokens of a prompt, of which plain decoding makes one pass: some mixers limit their time steps in
+            such passes alone.
     """
     unlimited = (None, (0.0, float("inf")))
-    return type(mixer).__name__ in _FORGETFUL_MIXERS or getattr(mixer, "time_step_limit", None) not in unlimited
+    limits = getattr(mixer, "time_step_limit", None) not in unlimited
+    return type(mixer).__name__ in _FORGETFUL_MIXERS or (limits and not in_prompt)
 
 
 def is_users_cache(cache: Cache) -> bool:

@@ -99,7 +99,7 @@ class Pass:
             if count == 1 and set(counts) <= {0, length}:
                 layer.states = map_states(_by_row(none_kept), self.before[at], self.after[at])
             else:
-                with _watching(None):
+                with going_on():
                     layer.states = self._follow(at, slots, counts)
 
     def _follow(self, layer_index: int, slots: Tensor, counts: list[int]) -> States:
@@ -139,7 +139,7 @@ def pass_over(cache: TreeCache, chains: Chains) -> Iterator[Pass]:
     here = Pass(chains, layers, {at: layer.states for at, layer in layers.items()})
     for layer in layers.values():
         layer.states = map_states(lambda state: state.repeat_interleave(count, dim=0), layer.states)
-    with _watching(here):
+    with going_on(here):
         yield here
     for at, layer in layers.items():
         if count == 1:
@@ -152,6 +152,7 @@ def pass_over(cache: TreeCache, chains: Chains) -> Iterator[Pass]:
 
 class _Running(threading.local):
     active = False
+    in_prompt = False  # the pass is one that plain decoding would make too
     stepping = False  # hooks are at rest while one of them goes on by single tokens
     here: Pass | None = None  # where calls that change states are noted
     stack: tuple[Call, ...] = ()  # the modules that run, the innermost last
@@ -161,10 +162,15 @@ _running = _Running()
 
 
 @contextlib.contextmanager
-def _watching(here: Pass | None) -> Iterator[None]:
-    """Within, hooks are at work in this thread; calls that change states are noted in `here`."""
+def going_on(here: Pass | None = None, in_prompt: bool = False) -> Iterator[None]:
+    """Within, passes of this thread go on from states, also where a mixer could so by single tokens alone.
+
+    Args:
+        here: where the calls that change states are noted.
+        in_prompt: whether the passes are over a prompt, as plain decoding makes them.
+    """
     layers = {} if here is None else here.layers
-    _running.active, _running.here, _running.stack = True, here, ()
+    _running.active, _running.in_prompt, _running.here, _running.stack = True, in_prompt, here, ()
     for at, layer in layers.items():
         layer.on_update = functools.partial(_note, at)
     try:
@@ -221,7 +227,7 @@ def _hidden(args: tuple, kwargs: dict) -> Tensor:
 
 def _has_steps(module: nn.Module, args: tuple, kwargs: dict) -> bool:
     """Whether a module has to take its tokens one after the other."""
-    return goes_stepwise(module) and _hidden(args, kwargs).shape[1] > 1
+    return goes_stepwise(module, _running.in_prompt) and _hidden(args, kwargs).shape[1] > 1
 
 
 def _token(args: tuple, kwargs: dict, at: int) -> tuple[tuple, dict]:

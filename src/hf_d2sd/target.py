@@ -1,5 +1,6 @@
 """The target: prefill, one pass over a tree, and the cache that keeps the accepted path."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from .attention import Nodes, TreeAttention
 from .cache import Place, TreeCache, full_lengths
 from .compat import captured_layers, execution_device, forward, prompt_inputs, tree_inputs, with_logits_of
-from .recurrent import Chains, Pass, pass_over, watch
+from .recurrent import Chains, Pass, going_on, pass_over, watch
 from .tree import CandidateTree
 
 _CHUNK = 512  # tokens in one pass where a prompt goes on from rows of several lengths
@@ -112,14 +113,21 @@ class Target:
                 kwargs = with_logits_of(kwargs, torch.tensor(lasts, device=self.device))
             ids = _without_last(input_ids, new_tokens - end)
             inputs = prompt_inputs(self.model, ids, end - start, self.cache, kwargs)
-            given, hidden_states = forward(self.model, inputs, self._capture)
-            self.cache.count(hidden_states[-1] if ids.shape[1] == 0 else ids[:, start - end :])
+            given, hidden_states = self._read(inputs, end - start)
             logits = _pick_last(logits, given, [count - 1 - start for count in counts], lasts, end - start)
             own = [min(max(count - start, 0), end - start) for count in counts]
             ends = [length + min(count, end) for length, count in zip(cached, counts)]
             self.positions = self._positions_after(kwargs.get("position_ids"), end - start, own, ends)
             yield TargetPass(logits, hidden_states, own)
         self.cache.set_lengths(ends)
+
+    def _read(self, inputs: dict, size: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """`forward` over a prompt's next `size` tokens, which may follow others."""
+        follows = bool(self.cache.state_layers) and self.cache.get_seq_length() > 0
+        with going_on(in_prompt=True) if follows else contextlib.nullcontext():
+            output = forward(self.model, inputs, self._capture)
+        self.cache.count(len(self.rows), size, self.device)
+        return output
 
     def _positions_after(self, position_ids: Tensor | None, size: int, own: list[int], ends: list[int]) -> list[int]:
         """By row, the position after the `own` first of this chunk's `size` tokens."""
@@ -139,8 +147,7 @@ class Target:
             kwargs = {name: _without_last(value, width - end) for name, value in model_kwargs.items()}
             ids = _without_last(input_ids, width - end)
             inputs = prompt_inputs(self.model, ids, end - start, self.cache, kwargs)
-            logits, hidden_states = forward(self.model, inputs, self._capture)
-            self.cache.count(kwargs["attention_mask"][:, start:])
+            logits, hidden_states = self._read(inputs, end - start)
             own = [min(max(end - width + count, 0), end - start) for count in counts]
             shifted = (layer if layer is None else _to_front(layer, own) for layer in hidden_states)
             self.positions = [position + more for position, more in zip(self.positions, own)]
@@ -188,7 +195,7 @@ class Target:
         inputs = tree_inputs(chains.tokens.flatten(0, 1), positions.flatten(0, 1), argument, self.cache)
         with self.attention.active(prepared), pass_over(self.cache, chains) as here:
             logits, hidden_states = forward(self.run, inputs, self._capture)
-            self.cache.count(chains.tokens.view(rows, -1))
+            self.cache.count(rows, chains.tokens[0].numel(), self.device)
         gathered = tuple(layer if layer is None else chains.gather(layer) for layer in hidden_states)
         return TargetPass(chains.gather(logits), gathered, None, nodes, places, here)
 
