@@ -30,9 +30,7 @@ _DELTA = dict(
     linear_value_head_dim=8,
     linear_conv_kernel_dim=4,
 )
-_EXPERTS = dict(
-    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24
-)
+_EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24)
 _MIXED = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 _MAMBA_2 = dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8)
 _MAMBA_2_LAYERS = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, mamba_n_groups=2)

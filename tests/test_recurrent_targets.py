@@ -1,16 +1,18 @@
 """Targets with recurrent states: what they write is what they write alone, and no attention cache is copied."""
 
 import copy
+import json
 import threading
 
+import layouts
 import pytest
 import torch
 from recurrent import FAMILIES, REFUSED, recurrent_target
 from test_batch import mostly_right, pad, prompts
-from tiny import OracleDrafts, prompt, tiny_assistant, tiny_target
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from tiny import LAYERS, OracleDrafts, prompt, tiny_assistant, tiny_target
+from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM, StoppingCriteria, StoppingCriteriaList
 
-from hf_d2sd import attention
+from hf_d2sd import D2SDAssistant, attention
 from hf_d2sd.cache import TreeCache, keep_prefix
 from hf_d2sd.compat import states_of
 from hf_d2sd.modeling import CACHE_NAME
@@ -165,7 +167,9 @@ def random_tree(rows: int, size: int, seed: int = 0) -> CandidateTree:
         parents[1, -1] = -1
     depths = torch.zeros_like(parents)
     for at in range(1, size):
-        depths[:, at] = torch.where(parents[:, at] >= 0, depths.gather(1, parents[:, at : at + 1].clamp(0))[:, 0] + 1, 0)
+        depths[:, at] = torch.where(
+            parents[:, at] >= 0, depths.gather(1, parents[:, at : at + 1].clamp(0))[:, 0] + 1, 0
+        )
     tokens = torch.randint(2, 20, parents.shape, generator=generator)
     return CandidateTree(tokens, parents, depths, torch.zeros(parents.shape), torch.zeros_like(parents))
 
@@ -199,10 +203,10 @@ class TestTrees:
         target = Target(model, TreeCache(model.config), {0, 2}, rows=2)
         with torch.no_grad():
             list(target.prefill(torch.tensor(read), 9, use_cache=True))
-            for seed, counts in ((0, [3, 1]), (1, [1, 3]), (2, [1, 1])):
-                tree = random_tree(2, 9, seed)
+            for seed, counts in ((0, [3, 1]), (1, [1, 2])):
+                tree = random_tree(2, 7, seed)
                 step = target.verify(tree)
-                for row, node in ((row, node) for row in range(2) for node in nodes_of(tree, row)):
+                for row, node in ((at, node) for at in range(2) for node in nodes_of(tree, at)):
                     alone = decoded(model, read[row] + tree.tokens[row, path_to(tree, row, node)].tolist(), 9)
                     torch.testing.assert_close(step.logits[row, node], alone.logits[0, -1], **CLOSE)
                     seen = step.features([0, 2])[row, node]
@@ -301,6 +305,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"has a recurrent state, and it keeps its states in .*{why}"):
             generate(family, {"input_ids": prompt()}, assistant_model=tiny_assistant())
 
+    def test_states_that_are_in_no_cache_layer(self):
+        sizes = dict(vocab_size=24, hidden_size=32, num_hidden_layers=LAYERS, attention_hidden_size=32)
+        rwkv = RwkvForCausalLM(RwkvConfig(**sizes)).eval()
+        with pytest.raises(ValueError, match="it does not keep its states in the cache"):
+            rwkv.generate(prompt(), assistant_model=tiny_assistant(), max_new_tokens=4)
+
     def test_states_that_nobody_tried(self, monkeypatch):
         monkeypatch.setattr("hf_d2sd.compat._SERVED_STATES", set())
         with pytest.raises(ValueError, match="'qwen3_5_text' are not among"):
@@ -358,6 +368,23 @@ class TestTheModelStaysAsItWas:
         for thread in threads:
             thread.join()
         assert [found[at] for at in range(4)] == expected
+
+
+def test_a_drafter_laid_out_as_those_of_qwen3_5_drafts_for_it(tmp_path):
+    """`block_size` and `num_target_layers` may stand beside the layers that are read."""
+    inner = dict(block_size=4, num_target_layers=LAYERS, mask_token_id=1, target_layer_ids=[0, 2])
+    folder = layouts.dflash(tmp_path, inner)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("block_size", "num_target_layers"):
+        config.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    pair = D2SDAssistant.from_drafters(str(folder))
+    assert (pair.first.config.block_size, pair.first.config.num_target_layers) == (4, LAYERS)
+    expected = generate("qwen3_5", {"input_ids": prompt()})
+    assert generate("qwen3_5", {"input_ids": prompt()}, assistant_model=pair).tolist() == expected.tolist()
+    pair.first.config.num_target_layers = LAYERS + 1
+    with pytest.raises(ValueError, match="num_target_layers is 5, the target's is 4"):
+        generate("qwen3_5", {"input_ids": prompt()}, assistant_model=pair)
 
 
 def test_the_assistant_of_another_library_is_still_refused():

@@ -338,7 +338,7 @@ def _choose_for_chains(facts: Facts, forced: str | None, attends: bool) -> tuple
     """As `choose`, for chains: they share a prefix, as masks over all keys do not have it.
 
     Raises:
-        ValueError: as `choose`, for such masks that are asked for, and for models that take no other attention function.
+        ValueError: as `choose`, for such masks that are asked for, and for a model that takes no other attention.
     """
     if not attends:
         return "none", "no layer attends"

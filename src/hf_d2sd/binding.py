@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .compat import embedding_scale, state_obstacle
+from .compat import embedding_scale, target_state_obstacle
 from .modeling import D2SDAssistant, D2SDDrafterConfig
 
 
@@ -22,7 +22,7 @@ def refuse(reasons: list[str]) -> None:
 
 def unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[str]:
     """What stands in the way, in words; empty if nothing does."""
-    name, obstacle = type(target).__name__, state_obstacle(target.config)
+    name, obstacle = type(target).__name__, target_state_obstacle(target)
     reasons = {
         f"{name} is an encoder-decoder model": target.config.is_encoder_decoder,
         f"{name} has a recurrent state, and {obstacle}": obstacle,

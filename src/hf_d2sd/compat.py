@@ -88,6 +88,14 @@ def is_stateful(target) -> bool:
     return target._is_stateful
 
 
+def target_state_obstacle(target) -> str | None:
+    """As `state_obstacle`, also of a model whose config names no layer with a state."""
+    has_layers = not STATE_TYPES.isdisjoint(layer_types_of(target.config)[0])
+    if is_stateful(target) and not has_layers and target.config.model_type not in _UNSERVED_STATES:
+        return "it does not keep its states in the cache"
+    return state_obstacle(target.config)
+
+
 # Models with a recurrent state whose caches are the cache layers of Transformers, by the types of their configs.
 _SERVED_STATES = {
     "bamba",
@@ -127,7 +135,11 @@ def state_obstacle(config) -> str | None:
     return f"states of {text.model_type!r} are not among those that are known to"
 
 
-_FORGETFUL_MIXERS = {"FalconMambaMixer", "JambaMambaMixer", "MambaMixer"}  # a pass over several tokens starts from no state
+_FORGETFUL_MIXERS = {
+    "FalconMambaMixer",
+    "JambaMambaMixer",
+    "MambaMixer",
+}  # a pass over several tokens starts from no state
 
 
 def goes_stepwise(mixer: nn.Module, in_prompt: bool) -> bool:

@@ -50,9 +50,7 @@ class Prompt:
         return [row.nonzero().flatten().tolist() + behind for row in self.mask]
 
 
-def read_prompt(
-    input_ids: Tensor, cache, generation_config, model_kwargs: dict, pads_left: bool = False
-) -> Prompt:
+def read_prompt(input_ids: Tensor, cache, generation_config, model_kwargs: dict, pads_left: bool = False) -> Prompt:
     """Which tokens are not in the cache yet, with each row's own ones at its start.
 
     Args:

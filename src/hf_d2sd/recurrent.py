@@ -24,7 +24,7 @@ from .tree import CandidateTree
 
 @dataclass(frozen=True)
 class Chains:
-    """A tree's C chains from root to leaf, L tokens each, all beginning with the anchor; fillers stand at their ends."""
+    """A tree's C chains from root to leaf, L tokens each, all beginning with the anchor; fillers end them."""
 
     tokens: Tensor  # (B, C, L)
     slots: Tensor  # (B, N), where each node stands among the C·L tokens: in the first chain that it is in
@@ -71,11 +71,11 @@ class Call:
     args: tuple
     kwargs: dict
 
-    def again(self, choose: Callable[[Tensor], Tensor], is_by_token: Callable[[Tensor], bool]) -> None:
-        """Call it with some tokens of what is along the tokens."""
+    def again(self, choose: Callable[[Tensor], Tensor], shape: tuple[int, int]) -> None:
+        """Call it with some tokens of every argument that has all of them: that begins with this shape."""
 
         def chosen(value):
-            return choose(value) if torch.is_tensor(value) and is_by_token(value) else value
+            return choose(value) if torch.is_tensor(value) and value.shape[:2] == shape else value
 
         args, kwargs = map(chosen, self.args), {name: chosen(value) for name, value in self.kwargs.items()}
         self.module(*args, **kwargs)
@@ -106,12 +106,13 @@ class Pass:
         """The states after the kept tokens. The rows run together up to the end of one, which then stays behind."""
         layer, call, states = self.layers[layer_index], self.calls[layer_index], self.before[layer_index]
         rows, chains, length = self.chains.tokens.shape
-        going, start, done = list(range(rows)), 0, {}
+        going, start = list(range(rows)), 0
+        done: dict[int, States] = {}  # by row
         for end in sorted(set(counts)):
             if end:
                 layer.states = choose_rows(states, None)
-                part = functools.partial(pick, rows=rows, slots=slots[going, start:end], of=going)
-                call.again(part, lambda value: value.shape[:2] == (rows * chains, length))
+                kept = functools.partial(pick, rows=rows, slots=slots[going, start:end], of=going)
+                call.again(kept, (rows * chains, length))
                 states = layer.states
             done |= {row: choose_rows(states, [at]) for at, row in enumerate(going) if counts[row] == end}
             staying = [at for at, row in enumerate(going) if counts[row] > end]
