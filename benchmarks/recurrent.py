@@ -39,7 +39,7 @@ SIZES = dict(
 )
 TARGETS = {
     "attention": ["full_attention"] * 8,
-    "three of four layers recurrent": ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2,
+    "three of four layers recurrent": [*["linear_attention"] * 3, "full_attention"] * 2,
 }
 # A first block of 15 tokens; so many branches that keep a prefix of it and go on to depth 15.
 TREES = {"a chain (K = 0)": (), "K = 4": (2, 4, 7, 11), "K = 8": (1, 2, 3, 4, 6, 8, 10, 12)}

@@ -146,7 +146,7 @@ _BUILDERS = {
         tf.RecurrentGemmaConfig(**_SIZES, lru_width=WIDTH, attention_window_size=10)
     ),
 }
-REFUSED = {"minimax": "a cache class of its own", "recurrent_gemma": "its modules"}
+REFUSED = {"recurrent_gemma": "its modules"}
 WITHOUT_ATTENTION = ("mamba2", "mamba", "falcon_mamba")
 HYBRIDS = tuple(name for name in _BUILDERS if name not in (*REFUSED, *WITHOUT_ATTENTION))
 # Before 5.24 models without attention have a cache of another name.

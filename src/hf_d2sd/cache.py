@@ -17,8 +17,10 @@ from .compat import (
     LinearAttentionLayer,
     States,
     copy_state_flags,
+    give_states,
     has_states,
     layer_types_of,
+    own_cache_class,
     set_states,
     state_obstacle,
     states_of,
@@ -320,14 +322,29 @@ class TreeCache(Cache):
         ValueError: for a layer type whose state cannot drop tokens again.
     """
 
+    def __new__(cls, config):
+        own = own_cache_class(config)
+        # For a model that insists on a class of its own: one that is both.
+        return super().__new__(cls if own is None else type(cls.__name__, (cls, own), {"linear_cache": ()}))
+
     def __init__(self, config):
         self.config, self.layer_types = config, _layer_types(config)
-        super().__init__(layers=_new_layers(config))
+        Cache.__init__(self, layers=_new_layers(config))
         self._first_of_type = {name: self.layer_types.index(name) for name in self.layer_types}
 
     def by_type(self) -> dict[str, TreeLayer]:
         """One layer of each layer type: all of a type hold as many tokens."""
         return {name: self.layers[at] for name, at in self._first_of_type.items()}
+
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """A layer's state, as MiniMax's modules ask for it."""
+        layer = self.layers[layer_idx]
+        return layer.recurrent_states[0] if has_states(layer) else None
+
+    def set_linear_cache(self, layer_idx: int, state: Tensor) -> None:
+        """As MiniMax's modules leave a state; (B, ...)."""
+        self.layers[layer_idx].update_recurrent_state(state)
+        self.layers[layer_idx].has_previous_state[0] = True
 
     @property
     def state_layers(self) -> list[StateLayer]:
@@ -424,11 +441,9 @@ class TreeCache(Cache):
                 columns of plain decoding; columns without a token become zeros.
         """
         cache.layers.extend(DynamicLayer() for _ in range(len(self.layers) - len(cache.layers)))
-        for layer, plain in zip(self.layers, cache.layers):
+        for at, (layer, plain) in enumerate(zip(self.layers, cache.layers)):
             if has_states(layer):
-                copy_state_flags(plain, layer)
-                set_states(plain, layer.states)
-                plain.dtype, plain.device = layer.dtype, layer.device
+                give_states(cache, at, layer)
             if not layer.is_initialized or getattr(layer, "attends", True) is False:
                 continue
             if not plain.is_initialized:
@@ -498,6 +513,13 @@ def check_supported(config, cache: Cache) -> None:
     """
     windows, types = _windows(config), _layer_types(config)
     offloaded = getattr(cache, "offloading", False)
+    own = own_cache_class(config)
+    if own is not None and type(cache) is own:
+        if cache.layers:
+            raise ValueError(
+                f"{own.__name__} does not say how many tokens it holds. Pass the whole prompt without {CACHE_NAME}."
+            )
+        return
     if type(cache) is not DynamicCache or offloaded:
         kind = f"{'an offloaded ' if offloaded else ''}{type(cache).__name__}"
         raise ValueError(

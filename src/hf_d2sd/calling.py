@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from .cache import TreeCache, check_supported, is_recurrent, save_contexts, saved_contexts
 from .captured import shapes_of
 from .choosing import Choosers, Record
-from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, pad_token
+from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, own_cache_class, pad_token
 from .decoding import Batch, decode
 from .drafting import DraftContext, Drafter
 from .modeling import D2SDAssistant
@@ -38,6 +38,8 @@ def assisted_decode(
         ValueError: for an option out of range, a cache of another kind, or what a batch cannot have.
     """
     streamer, user_cache, model_kwargs = _sorted_out(kwargs)
+    if user_cache is None and (own := own_cache_class(target.config)) is not None:
+        user_cache = own()
     check_supported(target.config, user_cache)
     recurrent = is_recurrent(target.config)
     prompt = read_prompt(input_ids, user_cache, generation_config, model_kwargs, pads_left=recurrent)

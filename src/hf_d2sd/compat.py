@@ -107,6 +107,7 @@ _SERVED_STATES = {
     "lfm2_moe",
     "mamba",
     "mamba2",
+    "minimax",
     "nemotron_h",
     "olmo_hybrid",
     "qwen3_5_moe_text",
@@ -115,7 +116,6 @@ _SERVED_STATES = {
     "zamba2",
 }
 _UNSERVED_STATES = {
-    "minimax": "it keeps its states in a cache class of its own",
     "recurrent_gemma": "it keeps its states in its modules, outside of any cache",
 }
 
@@ -130,6 +130,8 @@ def state_obstacle(config) -> str | None:
         return None
     if not types & ATTENDING_TYPES and CACHE_NAME != "cache":
         return "that without attention is served with transformers>=5.24"
+    if own_cache_class(config) is not None and text.sliding_window is not None:
+        return "its layer types do not name the window that it attends by"
     if text.model_type in _SERVED_STATES:
         return None
     return f"states of {text.model_type!r} are not among those that are known to"
@@ -323,7 +325,7 @@ def layer_types_of(config) -> tuple[list[str], list[dict]]:
     text = config.get_text_config(decoder=True)
     types, options = get_layer_types_and_kwargs(text)
     if getattr(text, "kv_sharing_modes", None) is None:
-        types = ["linear_attention" if kind == "dummy" else kind for kind in types]
+        types = ["linear_attention" if kind in ("dummy", "moe", "mlp") else kind for kind in types]
     return types, options
 
 
@@ -356,6 +358,26 @@ def copy_state_flags(layer: LinearAttentionLayer, other: LinearAttentionLayer) -
 def has_states(layer) -> bool:
     """Whether a cache layer holds a recurrent state."""
     return isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values())
+
+
+def own_cache_class(config) -> type[Cache] | None:
+    """The class of caches that a model insists on, where it does so: MiniMax keeps its states beside the layers."""
+    if config.get_text_config(decoder=True).model_type != "minimax":
+        return None
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    return MiniMaxCache
+
+
+def give_states(cache: Cache, at: int, layer: LinearAttentionLayer) -> None:
+    """Leave a layer's states in the layer of that index of a cache of Transformers, or beside it."""
+    plain = cache.layers[at]
+    if isinstance(plain, LinearAttentionLayer):
+        copy_state_flags(plain, layer)
+        set_states(plain, states_of(layer))
+        plain.dtype, plain.device = layer.dtype, layer.device
+    else:
+        cache.set_linear_cache(at, layer.recurrent_states[0])
 
 
 def cached_length(cache: Cache) -> int:
