@@ -166,12 +166,12 @@ class TreeLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
-        nodes, start = nodes.to(self.device), place.start
+        nodes, start = nodes.to(self._buffers[0].device), place.start
         if len(nodes) == 1:
             for buffer in self._buffers:
                 buffer[:, :, start : start + nodes.shape[1]] = buffer.index_select(2, start + nodes[0])
         else:
-            move(self._buffers, start + nodes, targets_of(place, nodes).to(self.device, non_blocking=True))
+            move(self._buffers, start + nodes, targets_of(place, nodes).to(nodes.device, non_blocking=True))
         self.set_lengths([length + count for length, count in zip(place.lengths, counts)])
 
     def rows(self, rows: list[int]) -> "TreeLayer":
