@@ -20,7 +20,6 @@ import transformers
 
 from hf_d2sd.benchmark.machine import processor_name
 from hf_d2sd.cache import TreeCache
-from hf_d2sd.recurrent import Chains
 from hf_d2sd.target import Target, TargetPass
 from hf_d2sd.tree import CandidateTree
 
@@ -83,25 +82,36 @@ def held(step: TargetPass) -> dict[str, int]:
     return {"states": states, "copies_of_states": states * step.chains.chains.tokens.shape[1], "inputs_kept": inputs}
 
 
-def measure(model, tree: CandidateTree, context: int, kept: int, repeats: int) -> dict:
-    """Median times of a pass and of keeping `kept` nodes of its first chain, in milliseconds."""
-    device = str(model.device)
-    target = Target(model, TreeCache(model.config), {0}, rows=len(tree.tokens))
-    prompt = torch.randint(0, SIZES["vocab_size"], (len(tree.tokens), context), device=device)
-    list(target.prefill(prompt, context))
-    path, tree = torch.arange(kept, device=device).expand(len(tree.tokens), -1), on(device, tree)
-    times: dict[str, list[float]] = {"verify_ms": [], "commit_ms": []}
+def measure(models: dict, tree: CandidateTree, context: int, kept: int, repeats: int) -> dict[str, dict]:
+    """Median times of a pass and of keeping `kept` nodes of its first chain, in milliseconds, the models in turn."""
+    device = str(next(iter(models.values())).device)
+    rows, tree = len(tree.tokens), on(device, tree)
+    prompt = torch.randint(0, SIZES["vocab_size"], (rows, context), device=device)
+    path = torch.arange(kept, device=device).expand(rows, -1)
+    targets = {name: Target(model, TreeCache(model.config), {0}, rows=rows) for name, model in models.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for target in targets.values():
+        list(target.prefill(prompt, context))
     for _ in range(repeats + 2):
-        began = now(device)
+        for name, target in targets.items():
+            began = now(device)
+            step = target.verify(tree)
+            verified = now(device)
+            target.commit(step, path, [kept] * rows)
+            times[name].append((1e3 * (verified - began), 1e3 * (now(device) - verified)))
+    found = {}
+    for name, target in targets.items():
+        verify, commit = (statistics.median(values) for values in zip(*times[name][2:]))
         step = target.verify(tree)
-        verified = now(device)
-        target.commit(step, path, [kept] * len(tree.tokens))
-        times["verify_ms"].append(1e3 * (verified - began))
-        times["commit_ms"].append(1e3 * (now(device) - verified))
-    rows = Chains.of_tree(tree).tokens.shape[1:].numel() if step.chains is not None else len(tree)
-    keys = sum(layer.keys.nbytes + layer.values.nbytes for layer in target.cache.layers)
-    medians = {name: round(statistics.median(values[2:]), 3) for name, values in times.items()}
-    return {"nodes": len(tree), "tokens_in_the_pass": rows, **medians, "keys_and_values": keys, **held(step)}
+        found[name] = {
+            "nodes": len(tree),
+            "tokens_in_the_pass": len(tree) if step.chains is None else step.chains.chains.tokens[0].numel(),
+            "verify_ms": round(verify, 2),
+            "commit_ms": round(commit, 2),
+            "keys_and_values": sum(layer.keys.nbytes + layer.values.nbytes for layer in target.cache.layers),
+            **held(step),
+        }
+    return found
 
 
 def now(device: str) -> float:
@@ -122,22 +132,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results: dict[str, dict] = {}
+    models, results = {}, {}
     for name, layer_types in TARGETS.items():
         torch.manual_seed(0)
         config = transformers.Qwen3_5TextConfig(**SIZES, layer_types=layer_types)
-        model = transformers.Qwen3_5ForCausalLM(config).eval().to(args.device, getattr(torch, args.dtype))
-        results[name] = {}
-        for kind, prefixes in TREES.items():
-            with torch.inference_mode():
-                tree = make_tree(prefixes, rows=args.rows)
-                figures = measure(model, tree, args.context, args.kept, args.repeats)
-            results[name][kind] = figures
+        models[name] = transformers.Qwen3_5ForCausalLM(config).eval().to(args.device, getattr(torch, args.dtype))
+    for kind, prefixes in TREES.items():
+        with torch.inference_mode():
+            tree = make_tree(prefixes, rows=args.rows)
+            results[kind] = measure(models, tree, args.context, args.kept, args.repeats)
+        for name, figures in results[kind].items():
+            mib = {key: figures[key] / 2**20 for key in ("keys_and_values", "copies_of_states", "inputs_kept")}
             print(
-                f"{name:>30}, {kind:>15}: {figures['nodes']:3} nodes, {figures['tokens_in_the_pass']:3} tokens; "
+                f"{kind:>15}, {name:>30}: {figures['nodes']:3} nodes, {figures['tokens_in_the_pass']:3} tokens; "
                 f"verify {figures['verify_ms']:7.1f} ms, commit {figures['commit_ms']:6.1f} ms; keys and values "
-                f"{figures['keys_and_values'] / 2**20:5.1f} MiB, copies of states "
-                f"{figures['copies_of_states'] / 2**20:5.1f} MiB, inputs {figures['inputs_kept'] / 2**20:4.2f} MiB"
+                f"{mib['keys_and_values']:5.1f} MiB, copies of states {mib['copies_of_states']:5.1f} MiB, "
+                f"inputs kept {mib['inputs_kept']:4.2f} MiB"
             )
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else processor_name()
     facts = {
@@ -146,7 +156,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "settings": vars(args),
         "sizes": SIZES,
-        "targets": results,
+        "cycles": results,
     }
     if args.out:
         Path(args.out).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
