@@ -34,12 +34,14 @@ class Chains:
         rows, size = tree.tokens.shape
         nodes = torch.arange(size, device=tree.tokens.device)
         exists = (tree.parents >= 0) | (nodes == 0)
-        parents = torch.zeros_like(tree.parents).scatter_reduce(1, tree.parents.clamp(min=0), tree.parents + 1, "amax")
-        is_leaf = exists & (parents == 0)
+        has_child = torch.zeros_like(tree.parents).scatter_reduce(
+            1, tree.parents.clamp(min=0), (tree.parents >= 0).long(), "amax"
+        )
+        is_leaf = exists & (has_child == 0)
         chain = is_leaf.cumsum(1) - 1  # (B, N), of a leaf
         count, length = torch.stack([is_leaf.sum(1).max(), tree.depths.max() + 1]).tolist()
 
-        within = tree.visibility() & (is_leaf & exists)[..., None]  # (B, leaves, nodes)
+        within = tree.visibility() & is_leaf[..., None]  # (B, leaves, nodes)
         place = torch.where(within, chain[..., None] * length + tree.depths[:, None], count * length)
         tokens = tree.tokens[:, :1].repeat(1, count * length + 1)  # the last one takes what is no chain's
         tokens.scatter_(1, place.flatten(1), tree.tokens[:, None].expand(-1, size, -1).flatten(1))
@@ -160,6 +162,7 @@ class _Running(threading.local):
 
 
 _running = _Running()
+_watching = threading.Lock()  # threads may begin with a target at once
 
 
 @contextlib.contextmanager
@@ -189,11 +192,12 @@ def _note(layer_index: int) -> None:
 
 def watch(model: nn.Module) -> None:
     """Put hooks, once, on the modules of a model that know which layer they belong to."""
-    for module in model.modules():
-        if hasattr(module, "layer_idx") and not hasattr(module, "_d2sd_is_watched"):
-            module._d2sd_is_watched = True
-            module.register_forward_pre_hook(_enter, with_kwargs=True)
-            module.register_forward_hook(_leave, with_kwargs=True)
+    with _watching:
+        for module in model.modules():
+            if hasattr(module, "layer_idx") and not hasattr(module, "_d2sd_is_watched"):
+                module._d2sd_is_watched = True
+                module.register_forward_pre_hook(_enter, with_kwargs=True)
+                module.register_forward_hook(_leave, with_kwargs=True)
 
 
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
