@@ -287,8 +287,10 @@ class TestRefusals:
         step(family, prompt(), cache)
         check_supported(tiny_target(family).config, cache)
 
-    def test_linear_attention_layers(self):
-        from transformers import Qwen3NextConfig
+    def test_layers_whose_state_nothing_here_follows(self):
+        from transformers import Llama4TextConfig, RecurrentGemmaConfig
 
-        with pytest.raises(ValueError, match="linear_attention"):
-            TreeCache(Qwen3NextConfig(num_hidden_layers=4))
+        with pytest.raises(ValueError, match="chunked_attention"):
+            TreeCache(Llama4TextConfig(num_hidden_layers=4))
+        with pytest.raises(ValueError, match="in its modules"):
+            TreeCache(RecurrentGemmaConfig(num_hidden_layers=4))

@@ -276,7 +276,7 @@ def test_a_plan_is_copied_once_to_each_other_device():
 def test_every_backend_says_why_it_cannot_run():
     facts = attention.Facts.of(tiny_target("llama"))
     for name, kernel in KERNELS.items():
-        assert (kernel.obstacle(facts) is None) == (name == "cpu")
+        assert (kernel.obstacle(facts) is None) == (name in ("cpu", "masked"))
 
 
 class TestWhatFlashAttentionRefuses:

@@ -271,7 +271,7 @@ class TestWhatCannotWork:
     @pytest.mark.parametrize(
         ("backend", "message"),
         [
-            ("flash", "must be one of .*'varlen'.*'cpu', 'sdpa', 'eager'"),
+            ("flash", "must be one of .*'varlen'.*'cpu', 'masked', 'sdpa', 'eager'"),
             ("varlen", "cannot run here: FlashAttention needs CUDA and the model is on cpu"),
             ("flash_attention_2", "cannot run here: FlashAttention needs CUDA and the model is on cpu"),
             ("kernels", "cannot run here: FlashAttention needs CUDA"),
@@ -301,10 +301,11 @@ class TestWhatCannotWork:
         with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder-decoder model"):
             generate(target)
 
-    def test_recurrent_and_hybrid_states_are_refused(self):
-        mamba = tf.MambaForCausalLM(tf.MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS))
-        with pytest.raises(ValueError, match="MambaForCausalLM has a recurrent state"):
-            generate(mamba.eval())
+    def test_recurrent_states_outside_of_the_cache_are_refused(self):
+        sizes = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4)
+        gemma = tf.RecurrentGemmaForCausalLM(tf.RecurrentGemmaConfig(**sizes, head_dim=8, intermediate_size=48))
+        with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM has a recurrent state"):
+            generate(gemma.eval())
 
     def test_a_cache_that_holds_the_whole_prompt_is_refused(self):
         cache = DynamicCache()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .cache import Place, TreeCache, TreeLayer, layer_windows
+from .cache import Place, TreeCache, TreeLayer, is_recurrent, layer_windows, side_by_side
 from .compat import (
     attention_types_of,
     attention_within,
@@ -135,6 +135,7 @@ def _attend(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (states.to(dtype) for states in (query, key, value))
     call = _cascade_op if torch.compiler.is_compiling() else cascade
+    came_as, query = query.shape, side_by_side(query, len(plan.bounds))
     output = call(
         query,
         key,
@@ -153,6 +154,8 @@ def _attend(
         plan.causal,
         plan.has_prefix,
     )
+    if came_as[0] > len(output):  # chains of each row, side by side: back to rows
+        output = output.view(came_as[0], came_as[2], *output.shape[2:])
     return output, None
 
 
@@ -263,6 +266,7 @@ class TreeAttention:
     by_position: bool = False  # whether the model adds a bias by the positions of keys
     tells_positions: bool = False  # whether its embedding of positions has to be told them
     causal_types: frozenset[str] = frozenset()  # layer types in which also the nodes of a block see none behind them
+    recurrent: bool = False  # whether some layers keep a state: nodes then come as chains
 
     @classmethod
     def for_model(
@@ -277,16 +281,20 @@ class TreeAttention:
         Raises:
             ValueError: for an unknown backend, or one that cannot run here.
         """
-        facts = Facts.of(model)
-        backend, reason = choose(facts if obstacle is None else replace(facts, obstacle=obstacle), forced)
+        facts, recurrent = Facts.of(model), is_recurrent(model.config)
+        facts = facts if obstacle is None else replace(facts, obstacle=obstacle)
         windows = {name: window and window + two_sided for name, window in layer_windows(model.config).items()}
+        if recurrent:
+            backend, reason = _choose_for_chains(facts, forced, bool(windows))
+        else:
+            backend, reason = choose(facts, forced)
         kernel = KERNELS.get(backend)
         text_config = model.config.get_text_config(decoder=True)
         causal_types = frozenset((model.config.causal_layer_types or ()) if two_sided else ())
         types = attention_types_of(model.config)
         ways = biases_by_position(model), embeds_positions_itself(model)
         name = NAME if kernel else backend
-        return cls(backend, reason, name, windows, text_config, types, kernel, *ways, causal_types)
+        return cls(backend, reason, name, windows, text_config, types, kernel, *ways, causal_types, recurrent)
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.reason}"
@@ -338,6 +346,8 @@ class TreeAttention:
     def as_argument(self, prepared):
         """What the model's forward takes as `attention_mask`: one for each layer type, or one for all."""
         masks = self.masks(prepared)
+        if self.recurrent:  # their models name two kinds of masks, or take none
+            return {"full_attention": next(iter(masks.values())), **masks, **_NO_PADDING} if masks else None
         by_type = getattr(self.text_config, "layer_types", None) is not None  # as `create_masks_for_generate` decides
         return masks if by_type else next(iter(masks.values()))
 
@@ -347,6 +357,27 @@ def _key_positions(nodes: Nodes, place: Place) -> Tensor:
     lengths = torch.tensor(place.lengths, device=nodes.depths.device)[:, None]
     stored = torch.arange(place.start, device=lengths.device).expand(len(lengths), -1)
     return torch.cat([stored, lengths + nodes.depths], dim=1)
+
+
+_NO_PADDING = {"linear_attention": None, "conv": None}  # what recurrent layers take for a mask
+
+
+def _choose_for_chains(facts: Facts, forced: str | None, attends: bool) -> tuple[str, str]:
+    """As `choose`, for chains: they share a prefix, as masks over all keys do not have it.
+
+    Raises:
+        ValueError: as `choose`, for such masks that are asked for, and for a model that takes no other attention.
+    """
+    if not attends:
+        return "none", "no layer attends"
+    if facts.obstacle is not None or forced in MASKED:
+        why = f"d2sd_attention_backend is {forced!r}" if forced is not None else facts.obstacle
+        raise ValueError(
+            "D²SD checks a tree's chains against one cached prefix where a target has recurrent states, and here "
+            f"{why}. Leave d2sd_attention_backend unset, or generate without assistant_model."
+        )
+    backend, reason = choose(facts, forced)
+    return (backend, reason) if backend in KERNELS else ("masked", KERNELS["masked"].describe)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

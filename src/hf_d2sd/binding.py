@@ -9,7 +9,14 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .compat import adapters_by_token, embedding_scale, has_several_streams, is_stateful, is_static, owner_of_inputs
+from .compat import (
+    adapters_by_token,
+    embedding_scale,
+    has_several_streams,
+    is_static,
+    owner_of_inputs,
+    target_state_obstacle,
+)
 from .modeling import D2SDAssistant, D2SDDrafterConfig
 
 logger = logging.get_logger(__name__)
@@ -25,11 +32,11 @@ def refuse(reasons: list[str]) -> None:
 
 def unsupported(target, config: GenerationConfig, mode_kwargs: dict) -> list[str]:
     """What stands in the way, in words; empty if nothing does."""
-    name = type(target).__name__
+    name, obstacle = type(target).__name__, target_state_obstacle(target)
     by_token = adapters_by_token(target)
     reasons = {
         f"{name} is an encoder-decoder model": target.config.is_encoder_decoder,
-        f"{name} has a recurrent state, which cannot return to an accepted prefix": is_stateful(target),
+        f"{name} has a recurrent state, and {obstacle}": obstacle,
         f"{name} has its inputs prepared by {type(owner_of_inputs(target)).__name__}, for virtual tokens of prompt "
         "or prefix tuning, which a tree does not have": owner_of_inputs(target) is not target,
         "adapter_names gives each row an adapter, and rows leave the batch (use set_adapter)": (

@@ -1,5 +1,6 @@
 """All that knows Transformers' caches: a preallocated cache that takes a tree's nodes and keeps one path of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,13 +8,24 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .compat import (
+    ATTENDING_TYPES,
     CACHE_NAME,
     NO_CACHE,
+    STATE_TYPES,
     Cache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    States,
+    copy_state_flags,
+    give_states,
+    has_states,
     is_without_cache,
     layer_types_of,
+    own_cache_class,
+    set_states,
+    state_obstacle,
+    states_of,
 )
 
 _CONTEXTS = "_d2sd_contexts"  # attribute of a returned cache: the drafters' contexts of the tokens it holds
@@ -109,6 +121,9 @@ class TreeLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        rows = self._buffers[0].shape[0]
+        if len(key_states) > rows:
+            key_states, value_states = (side_by_side(states, rows) for states in (key_states, value_states))
         if self.slots is not None:
             return self._update_slots(self.slots, key_states, value_states)
         first, start, end = self.first_handed_out, self.length, self.length + key_states.shape[2]
@@ -153,31 +168,127 @@ class TreeLayer(DynamicLayer):
         """
         if not self.is_initialized:
             return
-        nodes, start = nodes.to(self.device), place.start
+        nodes, start = nodes.to(self._buffers[0].device), place.start
         if len(nodes) == 1:
             for buffer in self._buffers:
                 buffer[:, :, start : start + nodes.shape[1]] = buffer.index_select(2, start + nodes[0])
         else:
-            move(self._buffers, start + nodes, targets_of(place, nodes).to(self.device, non_blocking=True))
+            move(self._buffers, start + nodes, targets_of(place, nodes).to(nodes.device, non_blocking=True))
         self.set_lengths([length + count for length, count in zip(place.lengths, counts)])
 
     def rows(self, rows: list[int]) -> "TreeLayer":
         """A copy with some of the rows, in the given order."""
         layer = TreeLayer(self.window)
+        self._copy_rows(layer, rows)
+        return layer
+
+    def _copy_rows(self, layer: "TreeLayer", rows: list[int]) -> None:
         if self.is_initialized:
             lengths = [self.lengths[row] for row in rows]
-            index = torch.tensor(rows, device=self.device)
+            index = torch.tensor(rows, device=self._buffers[0].device)
             chosen = [buffer[:, :, : max(lengths)].index_select(0, index) for buffer in self._buffers]
             layer.update(*chosen)
             layer.dropped = [self.dropped[row] for row in rows]
             layer.set_lengths(lengths)
-        return layer
 
     def reset(self) -> None:
         self.dropped = [0] * len(self.dropped)
         self._lengths = None
         if self.is_initialized:
             self._set_length(0)
+
+
+def side_by_side(states: Tensor, rows: int) -> Tensor:
+    """(B, H, C·L, D): what came as C chains of each row, (B·C, H, L, D)."""
+    if len(states) == rows:
+        return states
+    apart = states.unflatten(0, (rows, len(states) // rows))
+    return apart.transpose(1, 2).flatten(2, 3)
+
+
+class StateLayer(LinearAttentionLayer, TreeLayer):
+    """A layer with a recurrent state, of a convolution's inputs or of a scan, and keys and values if it attends too.
+
+    The state is that after all tokens; what a pass did to it is undone, and done again for what is kept of the pass,
+    by `recurrent.Chains`. A layer that does not attend has keys and values of no heads: they count the tokens.
+    """
+
+    is_croppable = False
+    is_compileable = False
+
+    def __init__(self, window: int | None = None, number_of_states: int = 1, attends: bool = False):
+        LinearAttentionLayer.__init__(self, number_of_states)
+        TreeLayer.__init__(self, window)
+        self.attends = attends
+        self.on_update: Callable[[], None] | None = None  # called when a module changes the state
+
+    def lazy_initialization(self, *args, **kwargs) -> None:
+        if args:
+            TreeLayer.lazy_initialization(self, *args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def update_conv_state(self, *args, **kwargs) -> Tensor:
+        self._tell()
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs) -> Tensor:
+        self._tell()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def _tell(self) -> None:
+        if self.on_update is not None:
+            self.on_update()
+
+    def count(self, rows: int, size: int, device: torch.device) -> None:
+        """Note that `size` tokens of each row came by."""
+        if not self.attends:
+            nothing = torch.empty(rows, 0, size, 0, device=device)
+            self.update(nothing, nothing)
+
+    @property
+    def states(self) -> States:
+        return states_of(self)
+
+    @states.setter
+    def states(self, states: States) -> None:
+        set_states(self, states)
+
+    def rows(self, rows: list[int]) -> "StateLayer":
+        layer = StateLayer(self.window, self.number_of_states, self.attends)
+        self._copy_rows(layer, rows)
+        copy_state_flags(layer, self)
+        layer.states = choose_rows(self.states, rows)
+        return layer
+
+    def take_states(self, other: LinearAttentionLayer) -> None:
+        """Go on from a copy of another layer's states."""
+        copy_state_flags(self, other)
+        self.states = map_states(Tensor.clone, states_of(other))
+
+    def reset(self) -> None:
+        TreeLayer.reset(self)
+        LinearAttentionLayer.reset(self)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError("A recurrent state cannot forget tokens.")
+
+
+def map_states(change: Callable[..., Tensor], *states: States) -> States:
+    """`change` of the same tensor of each of the states."""
+    first = states[0]
+    return {
+        name: {i: None if value is None else change(*(one[name][i] for one in states)) for i, value in values.items()}
+        for name, values in first.items()
+    }
+
+
+def choose_rows(states: States, rows: list[int] | None) -> States:
+    """Copies of some rows' states, or of all."""
+    if rows is None:
+        return map_states(Tensor.clone, states)
+    return map_states(lambda state: state[torch.tensor(rows, dtype=torch.long, device=state.device)], states)
 
 
 def targets_of(place: Place, nodes: Tensor) -> Tensor:
@@ -207,20 +318,46 @@ def empty_buffer(like: Tensor, capacity: int) -> Tensor:
 
 
 class TreeCache(Cache):
-    """A `TreeLayer` for every layer of a decoder, full or sliding; those that cache nothing of their own stay empty.
+    """A `TreeLayer` for every layer of a decoder, full or sliding; a `StateLayer` for one with a recurrent state.
+
+    Those that cache nothing of their own stay empty.
 
     Raises:
         ValueError: for a layer type whose state cannot drop tokens again.
     """
 
+    def __new__(cls, config):
+        own = own_cache_class(config)
+        # For a model that insists on a class of its own: one that is both.
+        return super().__new__(cls if own is None else type(cls.__name__, (cls, own), {"linear_cache": ()}))
+
     def __init__(self, config):
-        super().__init__(layers=[TreeLayer(window) for window in _windows(config)])
         self.config, self.layer_types = config, _layer_types(config)
+        Cache.__init__(self, layers=_new_layers(config))
         self._first_of_type = {name: self.layer_types.index(name) for name in self.layer_types if name != NO_CACHE}
 
     def by_type(self) -> dict[str, TreeLayer]:
         """One layer of each layer type: all of a type hold as many tokens."""
         return {name: self.layers[at] for name, at in self._first_of_type.items()}
+
+    def get_linear_cache(self, layer_idx: int) -> Tensor | None:
+        """A layer's state, as MiniMax's modules ask for it."""
+        layer = self.layers[layer_idx]
+        return layer.recurrent_states[0] if has_states(layer) else None
+
+    def set_linear_cache(self, layer_idx: int, state: Tensor) -> None:
+        """As MiniMax's modules leave a state; (B, ...)."""
+        self.layers[layer_idx].update_recurrent_state(state)
+        self.layers[layer_idx].has_previous_state[0] = True
+
+    @property
+    def state_layers(self) -> list[StateLayer]:
+        return [layer for layer in self.layers if isinstance(layer, StateLayer)]
+
+    def count(self, rows: int, size: int, device: torch.device) -> None:
+        """Let layers that see no keys know that a pass over `size` tokens of each row is over."""
+        for layer in self.state_layers:
+            layer.count(rows, size, device)
 
     @property
     def lengths(self) -> list[int]:
@@ -264,6 +401,9 @@ class TreeCache(Cache):
             layer.update(*(_stack_rows(states, longest) for states in zip(*((p.keys, p.values) for p in parts))))
             layer.dropped = [dropped for part in parts for dropped in part.dropped]
             layer.set_lengths([length for part in parts for length in part.lengths])
+            if isinstance(layer, StateLayer):
+                copy_state_flags(layer, parts[0])
+                layer.states = map_states(lambda *rows: torch.cat(rows), *(part.states for part in parts))
         return stacked
 
     @classmethod
@@ -278,14 +418,27 @@ class TreeCache(Cache):
         """
         tree_cache = cls(config)
         for layer, plain in zip(tree_cache.layers, cache.layers):
-            if plain.is_initialized and plain.keys is not None and plain.keys.numel():
+            if has_states(plain):
+                layer.take_states(plain)
+            if getattr(plain, "is_initialized", False) and plain.keys is not None and plain.keys.numel():
                 dropped = plain.get_seq_length() - plain.keys.shape[2]
                 if seen is None or bool(seen.all()):
                     layer.update(plain.keys, plain.values)
                     layer.dropped = [dropped] * plain.keys.shape[0]
                 else:
                     _take_seen(layer, plain, seen.to(plain.keys.device), dropped)
+        tree_cache._count_as_attention()
         return tree_cache
+
+    def _count_as_attention(self) -> None:
+        """Let layers that do not attend hold as many tokens as those that do."""
+        attending = [layer for layer in self.layers if layer.is_initialized]
+        if attending:
+            lengths, first = full_lengths(attending[0]), attending[0]
+            for layer in self.state_layers:
+                if not layer.attends:
+                    layer.count(len(lengths), max(lengths), first.device)
+                    layer.set_lengths(lengths)
 
     def give_back(self, cache: DynamicCache, columns: list[list[int]] | None = None) -> None:
         """Leave in `cache` what plain decoding would have: views of the buffers, and copies of sliding windows.
@@ -295,8 +448,10 @@ class TreeCache(Cache):
                 columns of plain decoding; columns without a token become zeros.
         """
         cache.layers.extend(DynamicLayer() for _ in range(len(self.layers) - len(cache.layers)))
-        for layer, plain in zip(self.layers, cache.layers):
-            if not layer.is_initialized:
+        for at, (layer, plain) in enumerate(zip(self.layers, cache.layers)):
+            if has_states(layer):
+                give_states(cache, at, layer)
+            if not layer.is_initialized or getattr(layer, "attends", True) is False:
                 continue
             if not plain.is_initialized:
                 plain.lazy_initialization(layer.keys, layer.values)
@@ -309,6 +464,21 @@ class TreeCache(Cache):
                 start = max(keys.shape[2] - layer.window + 1, 0)
                 plain.keys, plain.values = keys[:, :, start:].clone(), values[:, :, start:].clone()
                 plain.cumulative_length = total
+
+
+def full_lengths(layer: TreeLayer) -> list[int]:
+    """By row, how many tokens were ever put in a layer."""
+    return [length + dropped for length, dropped in zip(layer.lengths, layer.dropped)]
+
+
+def _new_layers(config) -> list[TreeLayer]:
+    types, options = layer_types_of(config)
+    return [
+        StateLayer(window, option.get("number_of_states", 1), kind in ATTENDING_TYPES)
+        if kind in STATE_TYPES
+        else TreeLayer(window)
+        for kind, option, window in zip(types, options, _windows(config))
+    ]
 
 
 def _stack_rows(states: tuple[Tensor, ...], longest: int) -> Tensor:
@@ -348,7 +518,7 @@ def check_supported(config, cache: Cache) -> None:
     Raises:
         ValueError: for anything but a plain `DynamicCache` with layers for `config`.
     """
-    windows = _windows(config)
+    windows, types = _windows(config), _layer_types(config)
     if cache is None:
         name = type(config.get_text_config(decoder=True)).__name__
         raise ValueError(
@@ -356,15 +526,25 @@ def check_supported(config, cache: Cache) -> None:
             "Generate without assistant_model."
         )
     offloaded = getattr(cache, "offloading", False)
+    own = own_cache_class(config)
+    if own is not None and type(cache) is own:
+        if cache.layers:
+            raise ValueError(
+                f"{own.__name__} does not say how many tokens it holds. Pass the whole prompt without {CACHE_NAME}."
+            )
+        return
     if type(cache) is not DynamicCache or offloaded:
         kind = f"{'an offloaded ' if offloaded else ''}{type(cache).__name__}"
         raise ValueError(
             "D²SD decoding keeps a tree in its own preallocated cache and takes over a DynamicCache only; got "
             f"{kind}. Drop `cache_implementation` and such a `{CACHE_NAME}`, or generate without assistant_model."
         )
-    for layer, window in zip(cache.layers, windows):
-        fits = type(layer) is DynamicLayer or is_without_cache(layer)
-        fits = fits or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window == window)
+    for layer, window, kind in zip(cache.layers, windows, types):
+        if kind in STATE_TYPES:
+            fits = isinstance(layer, DynamicLayer) == (kind == "hybrid")
+        else:
+            fits = type(layer) is DynamicLayer or is_without_cache(layer)
+            fits = fits or (type(layer) is DynamicSlidingWindowLayer and layer.sliding_window == window)
         if not fits:
             raise ValueError(
                 f"D²SD decoding cannot take over a cache layer of type {type(layer).__name__} here: it was not made "
@@ -373,12 +553,17 @@ def check_supported(config, cache: Cache) -> None:
 
 
 def layer_windows(config) -> dict[str, int | None]:
-    """The sliding window of each layer type of a decoder; `None` is full attention. Keys are Transformers' names."""
+    """The sliding window of each layer type that attends; `None` is full attention. Keys are Transformers' names."""
     found: dict[str, int | None] = {}
     for name, window in zip(_layer_types(config), _windows(config)):
-        found.setdefault(name, window)  # the first of a type has keys and values of its own, and so a window
-    found.pop(NO_CACHE, None)
+        if name in ATTENDING_TYPES:
+            found.setdefault(name, window)  # the first of a type has keys and values of its own, and so a window
     return found
+
+
+def is_recurrent(config) -> bool:
+    """Whether some layer of a decoder keeps a recurrent state."""
+    return not STATE_TYPES.isdisjoint(_layer_types(config))
 
 
 def _layer_types(config) -> list[str]:
@@ -387,9 +572,11 @@ def _layer_types(config) -> list[str]:
 
 def _windows(config) -> list[int | None]:
     types, options = layer_types_of(config)
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention", NO_CACHE})
+    unknown = sorted(set(types) - ATTENDING_TYPES - STATE_TYPES - {NO_CACHE})
+    name, obstacle = type(config.get_text_config(decoder=True)).__name__, state_obstacle(config)
+    if obstacle is not None:
+        raise ValueError(f"{name} has a recurrent state, and {obstacle}. Generate without assistant_model.")
     if unknown:
-        name = type(config.get_text_config(decoder=True)).__name__
         raise ValueError(
             f"{name} has layers of type {unknown}, whose state cannot return to an accepted prefix of a rejected "
             "draft. Generate without assistant_model."
@@ -408,13 +595,16 @@ def saved_contexts(cache: Cache):
 
 
 def keep_prefix(cache: Cache, length: int) -> bool:
-    """Crop the user's cache to its first `length` tokens; `False`, and no change, where sliding layers cannot.
+    """Crop the user's cache to its first `length` tokens; `False`, and no change, where some layer cannot.
 
-    Past its window such a layer has let go of the tokens that it would have to show again.
+    Past its window a sliding layer has let go of the tokens that it would have to show again; a recurrent state never
+    goes back.
     """
     removed = cache.get_seq_length() - length
     if removed <= 0:
         return removed == 0
+    if any(isinstance(layer, LinearAttentionLayer) for layer in cache.layers):
+        return False
     windows = (getattr(layer, "sliding_window", None) for layer in cache.layers)
     if any(window is not None and cache.get_seq_length() >= window for window in windows):
         return False

@@ -1,15 +1,16 @@
 """One call of `generate`: what decoding works on is made from its arguments, and what it returns from the outcome."""
 
+import contextlib
 import weakref
 
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from .cache import TreeCache, check_supported, save_contexts, saved_contexts
+from .cache import TreeCache, check_supported, is_recurrent, save_contexts, saved_contexts
 from .captured import shapes_of
 from .choosing import Choosers, Record
-from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, pad_token
+from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, own_cache_class, pad_token
 from .decoding import Batch, decode
 from .drafting import DraftContext, Drafter
 from .modeling import D2SDAssistant
@@ -38,8 +39,11 @@ def assisted_decode(
         ValueError: for an option out of range, a cache of another kind, or what a batch cannot have.
     """
     streamer, user_cache, model_kwargs = _sorted_out(kwargs)
+    if user_cache is None and (own := own_cache_class(target.config)) is not None:
+        user_cache = own()
     check_supported(target.config, user_cache)
-    prompt = read_prompt(input_ids, user_cache, generation_config, model_kwargs)
+    recurrent = is_recurrent(target.config)
+    prompt = read_prompt(input_ids, user_cache, generation_config, model_kwargs, pads_left=recurrent)
     if streamer is not None and prompt.rows > 1:
         raise ValueError(f"A streamer takes one sequence, got a batch of {prompt.rows}: drop `streamer`.")
     options = settle(assistant, generation_config)
@@ -55,6 +59,8 @@ def assisted_decode(
         trace=[] if options.trace else None,
     )
     observer, shapes = Observer(stats, streamer), shapes_of(assistant, options.compile)
+    if recurrent:
+        _check_recurrent(shapes is not contextlib.nullcontext, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
     decode(Batch(worker, drafters, choosers, options), passes, observer, shapes)
@@ -64,6 +70,18 @@ def assisted_decode(
     if prompt.rows == 1:
         save_contexts(user_cache, (weakref.ref(assistant), [drafter.context for drafter in drafters]))
     return output
+
+
+def _check_recurrent(compiles: bool, choosers: Choosers, returns_cache: bool) -> None:
+    """Refuse what a target with recurrent states does not have."""
+    reasons = {
+        "d2sd_compile asks for passes of one shape, which trees cut into chains do not have": compiles,
+        "a stopping criterion of the whole batch may hold for a row's earlier token, to which the returned cache "
+        "cannot go back: leave return_dict_in_generate off": returns_cache and choosers.may_go_beyond,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"The target has recurrent states, and {reason}.")
 
 
 def _sorted_out(kwargs: dict) -> tuple:

@@ -188,6 +188,11 @@ class Choosers:
         """Whether the choices are the greatest logits, with nothing to process or draw."""
         return self.rows[0].vectorised
 
+    @property
+    def may_go_beyond(self) -> bool:
+        """Whether rows may have chosen tokens behind the one that turns out to be the last; see `cut`."""
+        return not self.rows[0].ends_alone and bool(self.rows[0]._criteria)
+
     def look(self, logits: Tensor) -> Tensor:
         """Take the logits (B, N, V) of the rows that still choose; returns each node's greatest token (B, N)."""
         for chooser, row in zip(self.active, logits):

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, CompileConfig, GenerationConfig
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    get_layer_types_and_kwargs,
+)
 from transformers.generation import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
@@ -57,6 +63,11 @@ def wrap_assisted_decoding(wrapper: Callable) -> None:
     _wrap(GenerationMixin, "_assisted_decoding", wrapper)
 
 
+def mode_to_validate(target, mode: GenerationMode) -> GenerationMode:
+    """As which mode stock checks a call of ours: in assisted decoding it refuses every target with a state."""
+    return GenerationMode.GREEDY_SEARCH if is_stateful(target) else mode
+
+
 def _wrap(owner: type, name: str, wrapper: Callable) -> None:
     """Replace a method by `wrapper(stock, ...)`, once, keeping the stock signature."""
     stock = getattr(owner, name)
@@ -77,6 +88,74 @@ def _wrap(owner: type, name: str, wrapper: Callable) -> None:
 def is_stateful(target) -> bool:
     """Whether a model has a state beside keys and values."""
     return target._is_stateful
+
+
+def target_state_obstacle(target) -> str | None:
+    """As `state_obstacle`, also of a model whose config names no layer with a state."""
+    has_layers = not STATE_TYPES.isdisjoint(layer_types_of(target.config)[0])
+    if is_stateful(target) and not has_layers and target.config.model_type not in _UNSERVED_STATES:
+        return "it does not keep its states in the cache"
+    return state_obstacle(target.config)
+
+
+# Models with a recurrent state whose caches are the cache layers of Transformers, by the types of their configs.
+_SERVED_STATES = {
+    "bamba",
+    "falcon_h1",
+    "falcon_mamba",
+    "granitemoehybrid",
+    "jamba",
+    "lfm2",
+    "lfm2_moe",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+    "zamba2",
+}
+_UNSERVED_STATES = {
+    "recurrent_gemma": "it keeps its states in its modules, outside of any cache",
+}
+
+
+def state_obstacle(config) -> str | None:
+    """Why a model's recurrent states cannot follow a tree's accepted path; `None` if they can, or there are none."""
+    text = config.get_text_config(decoder=True)
+    if text.model_type in _UNSERVED_STATES:
+        return _UNSERVED_STATES[text.model_type]
+    types = set(layer_types_of(config)[0])
+    if not types & STATE_TYPES:
+        return None
+    if not types & ATTENDING_TYPES and CACHE_NAME != "cache":
+        return "that without attention is served with transformers>=5.24"
+    if own_cache_class(config) is not None and text.sliding_window is not None:
+        return "its layer types do not name the window that it attends by"
+    if text.model_type in _SERVED_STATES:
+        return None
+    return f"states of {text.model_type!r} are not among those that are known to"
+
+
+_FORGETFUL_MIXERS = {
+    "FalconMambaMixer",
+    "JambaMambaMixer",
+    "MambaMixer",
+}  # a pass over several tokens starts from no state
+
+
+def goes_stepwise(mixer: nn.Module, in_prompt: bool) -> bool:
+    """Whether a mixer's pass over several tokens that follow others is not what it would be one by one.
+
+    Args:
+        in_prompt: of tokens of a prompt, of which plain decoding makes one pass: some mixers limit their time steps in
+            such passes alone.
+    """
+    unlimited = (None, (0.0, float("inf")))
+    limits = getattr(mixer, "time_step_limit", None) not in unlimited
+    return type(mixer).__name__ in _FORGETFUL_MIXERS or (limits and not in_prompt)
 
 
 def is_users_cache(cache: Cache) -> bool:
@@ -366,7 +445,9 @@ def _alibi_by_position(stock: Callable, decoder, attention_mask: Tensor, *args, 
 
 
 def takes_attention_functions(decoder) -> bool:
-    return getattr(decoder, "_supports_attention_backend", False)
+    """Models with a state do not say so, but ask for the attention function as the others do."""
+    asks = getattr(decoder, "_supports_flash_attn", False) and getattr(decoder, "_is_stateful", False)
+    return asks or getattr(decoder, "_supports_attention_backend", False)
 
 
 def has_sdpa(decoder) -> bool:
@@ -393,8 +474,10 @@ def layer_types_of(config) -> tuple[list[str], list[dict]]:
     """
     text = config.get_text_config(decoder=True)
     types, options = get_layer_types_and_kwargs(text)
-    attended = _attention_types(text, types)
-    return attended[: len(types)], options
+    cached = _attention_types(text, types)[: len(types)]
+    if not STATE_TYPES.isdisjoint(cached):  # beside layers with a state those without any count as such
+        cached = ["linear_attention" if kind in (NO_CACHE, "moe", "mlp") else kind for kind in cached]
+    return cached, options
 
 
 def attention_types_of(config) -> list[str]:
@@ -424,6 +507,74 @@ def head_sizes(config) -> set[int]:
     return {
         getattr(one, "head_dim", None) or one.hidden_size // getattr(one, "num_attention_heads", 1) for one in layers
     }
+
+
+# Types of layers with a convolution's or a recurrence's state, and of those that attend beside it.
+STATE_TYPES = frozenset({"linear_attention", "conv", "hybrid"})
+ATTENDING_TYPES = frozenset({"full_attention", "sliding_attention", "hybrid"})
+_STATE = ("conv_states", "recurrent_states")
+_FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
+
+States = dict[str, dict[int, Tensor | None]]  # by attribute of a cache layer, then by index: (B, ...)
+
+
+def states_of(layer: LinearAttentionLayer) -> States:
+    """A layer's states as they are, not copied."""
+    return {name: dict(getattr(layer, name)) for name in _STATE}
+
+
+def set_states(layer: LinearAttentionLayer, states: States) -> None:
+    for name, values in states.items():
+        setattr(layer, name, dict(values))
+
+
+def copy_state_flags(layer: LinearAttentionLayer, other: LinearAttentionLayer) -> None:
+    """Let a layer be as far initialised as another, whose states it is given."""
+    for name in _FLAGS:
+        setattr(layer, name, dict(getattr(other, name)))
+    layer.number_of_states = other.number_of_states
+
+
+def has_states(layer) -> bool:
+    """Whether a cache layer holds a recurrent state."""
+    return isinstance(layer, LinearAttentionLayer) and any(layer.has_previous_state.values())
+
+
+def own_cache_class(config) -> type[Cache] | None:
+    """The class of caches that a model insists on, where it does so: MiniMax keeps its states beside the layers."""
+    if config.get_text_config(decoder=True).model_type != "minimax":
+        return None
+    from transformers.models.minimax.modeling_minimax import MiniMaxCache
+
+    return MiniMaxCache
+
+
+def give_states(cache: Cache, at: int, layer: LinearAttentionLayer) -> None:
+    """Leave a layer's states in the layer of that index of a cache of Transformers, or beside it."""
+    plain = cache.layers[at]
+    if isinstance(plain, LinearAttentionLayer):
+        copy_state_flags(plain, layer)
+        set_states(plain, states_of(layer))
+        plain.dtype, plain.device = layer.dtype, layer.device
+    else:
+        cache.set_linear_cache(at, layer.recurrent_states[0])
+
+
+def cached_length(cache: Cache) -> int:
+    """Tokens in a cache; 0 for one without attention that is empty.
+
+    Raises:
+        ValueError: for states of which no layer counts the tokens.
+    """
+    layers = cache.layers
+    if not layers or any(hasattr(layer, "get_seq_length") for layer in layers):
+        return cache.get_seq_length()
+    if any(map(has_states, layers)):
+        raise ValueError(
+            f"{CACHE_NAME} holds recurrent states alone, which do not say of how many tokens. Pass the whole prompt "
+            f"without {CACHE_NAME}."
+        )
+    return 0
 
 
 # Logits processors ---------------------------------------------------------------------------------------------------
@@ -479,6 +630,7 @@ __all__ = [
     "DynamicSlidingWindowLayer",
     "EosTokenCriteria",
     "GenerateDecoderOnlyOutput",
+    "LinearAttentionLayer",
     "LogitsProcessorList",
     "MaxLengthCriteria",
     "StoppingCriteriaList",

@@ -7,7 +7,14 @@ from transformers import GenerationConfig
 from . import options
 from .binding import bind, refuse, take_wish_for_speed, unsupported
 from .calling import assisted_decode
-from .compat import PLAIN_MODES, forget_told_adapters, wrap_assisted_decoding, wrap_mode, wrap_validation
+from .compat import (
+    PLAIN_MODES,
+    forget_told_adapters,
+    mode_to_validate,
+    wrap_assisted_decoding,
+    wrap_mode,
+    wrap_validation,
+)
 from .modeling import D2SDDrafterModel
 
 
@@ -53,6 +60,7 @@ def _validate_generation_mode(stock, target, generation_mode, generation_config,
         generation_mode_kwargs = {**generation_mode_kwargs, "assistant_model": target}
         generation_config = copy.copy(generation_config)
         generation_config.num_return_sequences = 1  # stock takes one in assisted decoding
+        generation_mode = mode_to_validate(target, generation_mode)
     elif isinstance(assistant, D2SDDrafterModel) and generation_config.speculation_type != "dflash":
         raise ValueError(
             "A single D2SDDrafterModel was passed as assistant_model. Pass `D2SDAssistant.from_drafters(drafter)`, "

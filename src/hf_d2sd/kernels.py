@@ -206,6 +206,21 @@ class CpuKernel(Kernel):
         return out, lse
 
 
+class MaskedKernel(Kernel):
+    """Plain matrix products, for any device and dtype. It holds scores of all nodes and keys of the prefix."""
+
+    name, describe, packs, by_default = "masked", "plain products, in two parts merged by log-sum-exp", False, False
+
+    def obstacle(self, facts: Facts) -> str | None:
+        return facts.obstacle
+
+    def over_prefix(self, query, key, value, bounds: Tensor, packing: Packing | None, scoring: Scoring):
+        slots = torch.arange(key.shape[2], device=key.device)
+        seen = (slots >= bounds[:, :1]) & (slots < bounds[:, 1:])
+        mask = torch.zeros(seen.shape, device=key.device).masked_fill(~seen, torch.finfo(torch.float32).min)
+        return small_attention(query, key, value, mask[:, None, None], scoring)
+
+
 def _cpu_kernel(*args, **kwargs) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
 
@@ -305,5 +320,6 @@ KERNELS: dict[str, Kernel] = {
         FlashKernel("flash_attention_2", f"FlashAttention 2, {_MERGED}", _load_flash_2),
         HubKernel("kernels", f"{HUB_KERNEL} of the Hub, {_MERGED}", _load_hub),
         CPU,
+        MaskedKernel(),
     )
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .attention import TreeAttention
-from .cache import TreeCache
+from .cache import TreeCache, is_recurrent
 from .compat import captured_layers, forward, is_quantized, own_window, plain_positions, prompt_inputs
 from .kernels import Facts
 from .target import Target
@@ -72,7 +72,7 @@ _PARENTS, _DEPTHS, _OWNERS = [-1, 0, 0, 1, 2], [0, 1, 1, 2, 2], [0, 0, 1, 0, 1]
 
 def _probe(model, attention: TreeAttention) -> str | None:
     """Verify a small tree after a short text, and run each of its chains as plain text: in words, what is wrong."""
-    if model.training:  # dropout would be found
+    if model.training or is_recurrent(model.config):  # dropout would be found; states are followed by a list of names
         return None
     ids = _tokens(model, _PREFIX + 1 + _BRANCHES * _DEPTH)
     try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .choosing import Choosers, Record
-from .compat import CACHE_NAME, full_length
+from .compat import CACHE_NAME, cached_length, full_length
 
 # Inputs along the tokens of the prompt: (B, L) or (B, L, H); of several axes, positions are (A, B, L).
 _ALONG_TOKENS = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "inputs_embeds")
@@ -50,15 +50,18 @@ class Prompt:
         return [row.nonzero().flatten().tolist() + behind for row in self.mask]
 
 
-def read_prompt(input_ids: Tensor, cache, generation_config, model_kwargs: dict) -> Prompt:
+def read_prompt(input_ids: Tensor, cache, generation_config, model_kwargs: dict, pads_left: bool = False) -> Prompt:
     """Which tokens are not in the cache yet, with each row's own ones at its start.
+
+    Args:
+        pads_left: put a new batch's own tokens at the ends of its rows, and keep a mask: so recurrent states want it.
 
     Raises:
         ValueError: for a prompt without a new token, a cache of another batch, or inputs that cannot be split.
     """
     embeds = model_kwargs.get("inputs_embeds")
     prompt = input_ids if embeds is None else embeds
-    mask, past = model_kwargs.get("attention_mask"), cache.get_seq_length()
+    mask, past = model_kwargs.get("attention_mask"), cached_length(cache)
     width = _count_new_columns(prompt, mask, past, embeds is not None, generation_config)
     _check_inputs(prompt, cache, width, generation_config.prefill_chunk_size, model_kwargs)
     columns = past + width
@@ -71,13 +74,16 @@ def read_prompt(input_ids: Tensor, cache, generation_config, model_kwargs: dict)
     if not min(counts):
         raise ValueError(f"Row {counts.index(0)} of the prompt has no new token: its attention_mask is zero.")
     width = max(counts)
-    order = (~own).int().argsort(dim=1, stable=True)[:, :width]  # each row's own tokens first
+    pads_left = pads_left and past == 0
+    order = (~own).int().argsort(dim=1, stable=True, descending=pads_left)
+    order = order[:, -width:] if pads_left else order[:, :width]  # each row's own tokens last, or first
     shifted = {
         name: _shift_axes(value, order, len(own[0])) if name == "position_ids" else _shift(value, order, len(own[0]))
         for name, value in model_kwargs.items()
         if name in _ALONG_TOKENS
     }
-    shifted["attention_mask"] = None
+    if not pads_left:
+        shifted["attention_mask"] = None
     if input_ids.shape[1]:
         input_ids = _shift(input_ids, order, len(own[0]))
     return Prompt(input_ids, {**model_kwargs, **shifted}, width, counts, mask, past, columns)
@@ -112,8 +118,7 @@ def _count_new_columns(prompt: Tensor, mask: Tensor | None, past: int, is_embeds
 
 
 def _check_inputs(prompt: Tensor, cache, width: int, chunk_size: int | None, model_kwargs: dict) -> None:
-    filled = (layer for layer in cache.layers if layer.is_initialized and layer.keys is not None)
-    held = next((layer.keys.shape[0] for layer in filled if layer.keys.numel()), None)
+    held = next((keys.shape[0] for layer in cache.layers if (keys := _keys(layer)) is not None), None)
     if held is not None and held != len(prompt):
         raise ValueError(f"{CACHE_NAME} holds {held} rows and the prompt has {len(prompt)}.")
     extra = sorted(
@@ -127,6 +132,11 @@ def _check_inputs(prompt: Tensor, cache, width: int, chunk_size: int | None, mod
         raise ValueError(f"prefill_chunk_size={chunk_size} would split the inputs {extra}; leave it unset.")
     if extra and held is not None and len(prompt) > 1:
         raise ValueError(f"A batch with a cache takes no further inputs, got {extra}: pass the whole prompts.")
+
+
+def _keys(layer) -> Tensor | None:
+    keys = getattr(layer, "keys", None)  # a recurrent layer has none
+    return keys if getattr(layer, "is_initialized", False) and keys is not None and keys.numel() else None
 
 
 def join_sequences(choosers: Choosers, pad_token: Tensor | None) -> Tensor:

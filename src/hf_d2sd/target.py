@@ -1,5 +1,6 @@
 """The target: prefill, one pass over a tree, and the cache that keeps the accepted path."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .attention import Nodes, TreeAttention
-from .cache import Place, TreeCache
+from .cache import Place, TreeCache, full_lengths
 from .compat import captured_layers, execution_device, forward, prompt_inputs, tree_inputs, with_logits_of
+from .recurrent import Chains, Pass, going_on, pass_over, watch
 from .tree import CandidateTree
 
 _CHUNK = 512  # tokens in one pass where a prompt goes on from rows of several lengths
@@ -23,6 +25,7 @@ class TargetPass:
     counts: list[int] | None = None  # by row, how many of the T tokens are its own; `None`: all
     nodes: Nodes | None = None  # of a tree: what sees what
     places: dict[str, Place] | None = None  # of a tree, by layer type: where its nodes stand until `commit`
+    chains: Pass | None = None  # of a tree, where the target has recurrent states: what ran in the tree's place
 
     def features(self, layer_ids: list[int], nodes: Tensor | None = None) -> Tensor:
         """(B, T or A, len(layer_ids) * H): what a drafter reads, for all tokens or for the given nodes (B, A)."""
@@ -73,9 +76,11 @@ class Target:
         )  # row → its cache and position
         self._capture = True if all_hidden_states else captured_layers(layer_ids)
         # By row, the position of the next token that is not in the cache.
-        self.positions = full_lengths(cache) if cache.get_seq_length() else [0] * rows
+        self.positions = full_lengths(cache.layers[0]) if cache.get_seq_length() else [0] * rows
         # Of rotary positions with several axes, text, time, height and width say: what each is ahead of that (A, B).
         self._axes_ahead: Tensor | None = None
+        if cache.state_layers:
+            watch(model)
 
     def prefill(
         self,
@@ -92,10 +97,14 @@ class Target:
             chunk_size: tokens in one pass; all by default.
             counts: by row, how many of the `new_tokens` are its own: the first ones, what follows is filling.
         """
-        cached = full_lengths(self.cache) if self.cache.get_seq_length() else [0] * len(self.rows)
+        cached = full_lengths(self.cache.layers[0]) if self.cache.get_seq_length() else [0] * len(self.rows)
         counts = [new_tokens] * len(cached) if counts is None else counts
         self._axes_ahead = _axes_ahead(model_kwargs.get("position_ids"), new_tokens, cached, counts)
-        if min(cached) < max(cached):
+        padded = bool(self.cache.state_layers) and min(counts) < new_tokens
+        if padded and not max(cached):
+            yield from self._prefill_padded(input_ids, counts, chunk_size or new_tokens, model_kwargs)
+            return
+        if padded or min(cached) < max(cached):
             yield from self._prefill_ragged(input_ids[:, -new_tokens:], counts, chunk_size or _CHUNK)
             return
         logits = None
@@ -108,7 +117,7 @@ class Target:
                 kwargs = with_logits_of(kwargs, torch.tensor(lasts, device=self.device))
             ids = _without_last(input_ids, new_tokens - end)
             inputs = prompt_inputs(self.model, ids, end - start, self.cache, kwargs)
-            given, hidden_states = forward(self.model, inputs, self._capture)
+            given, hidden_states = self._read(inputs, end - start)
             logits = _pick_last(logits, given, [count - 1 - start for count in counts], lasts, end - start)
             own = [min(max(count - start, 0), end - start) for count in counts]
             ends = [length + min(count, end) for length, count in zip(cached, counts)]
@@ -116,12 +125,38 @@ class Target:
             yield TargetPass(logits, hidden_states, own)
         self.cache.set_lengths(ends)
 
+    def _read(self, inputs: dict, size: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """`forward` over a prompt's next `size` tokens, which may follow others."""
+        follows = bool(self.cache.state_layers) and self.cache.get_seq_length() > 0
+        with going_on(in_prompt=True) if follows else contextlib.nullcontext():
+            output = forward(self.model, inputs, self._capture)
+        self.cache.count(len(self.rows), size, self.device)
+        return output
+
     def _positions_after(self, position_ids: Tensor | None, size: int, own: list[int], ends: list[int]) -> list[int]:
         """By row, the position after the `own` first of this chunk's `size` tokens."""
         if position_ids is None or position_ids.ndim == 3:
             return ends
         last = position_ids[:, -size:].expand(len(own), -1).tolist()
         return [row[count - 1] + 1 if count else before for row, count, before in zip(last, own, self.positions)]
+
+    def _prefill_padded(
+        self, input_ids: Tensor, counts: list[int], chunk_size: int, model_kwargs: dict
+    ) -> Iterator[TargetPass]:
+        """As `prefill`, for new rows padded on the left as a recurrent state has it; the padding is then dropped."""
+        width = model_kwargs["attention_mask"].shape[1]
+        places = {name: Place(0, [0] * len(counts)) for name in self.cache.layer_types}
+        for start in range(0, width, chunk_size):
+            end = min(start + chunk_size, width)
+            kwargs = {name: _without_last(value, width - end, name) for name, value in model_kwargs.items()}
+            ids = _without_last(input_ids, width - end)
+            inputs = prompt_inputs(self.model, ids, end - start, self.cache, kwargs)
+            logits, hidden_states = self._read(inputs, end - start)
+            own = [min(max(end - width + count, 0), end - start) for count in counts]
+            shifted = (layer if layer is None else _to_front(layer, own) for layer in hidden_states)
+            self.positions = [position + more for position, more in zip(self.positions, own)]
+            yield TargetPass(logits[:, -1:], tuple(shifted), own)
+        self.cache.keep(places, _last_columns(width, counts), counts)
 
     def _prefill_ragged(self, tokens: Tensor, counts: list[int], chunk_size: int) -> Iterator[TargetPass]:
         """As `prefill`, for rows that go on from caches of several lengths: chains of tokens, verified and kept."""
@@ -143,6 +178,8 @@ class Target:
 
     def verify(self, tree: CandidateTree) -> TargetPass:
         """One pass over the N nodes, each seeing the cache and its own ancestors; the cache grows by all nodes."""
+        if self.cache.state_layers:
+            return self._verify_chains(Chains.of_tree(tree))
         nodes, places = Nodes.of_tree(tree), self.cache.places()
         prepared = self.attention.prepare(nodes, self.cache, places, self.model.dtype)
         positions = self._positions_at(tree.depths)
@@ -159,9 +196,27 @@ class Target:
         positions = torch.tensor(self.positions, device=self.device)[:, None] + depths
         return positions if self._axes_ahead is None else positions + self._axes_ahead[:, self.rows, None]
 
+    def _verify_chains(self, chains: Chains) -> TargetPass:
+        """As `verify`, with the tree's chains in its place; the cache grows by all their tokens."""
+        rows, count, length = chains.tokens.shape
+        nodes, places = chains.nodes(), self.cache.places()
+        prepared = self.attention.prepare(nodes, self.cache, places, self.model.dtype)
+        depths = torch.arange(length, device=self.device).repeat(count).expand(rows, -1)
+        positions = self._positions_at(depths)
+        positions = positions.reshape(*positions.shape[:-2], rows * count, length)
+        inputs = tree_inputs(chains.tokens.flatten(0, 1), positions, self.attention.as_argument(prepared), self.cache)
+        with self.attention.active(prepared), pass_over(self.cache, chains) as here:
+            logits, hidden_states = forward(self.run, inputs, self._capture)
+            self.cache.count(rows, chains.tokens[0].numel(), self.device)
+        gathered = tuple(layer if layer is None else chains.gather(layer) for layer in hidden_states)
+        return TargetPass(chains.gather(logits), gathered, None, nodes, places, here)
+
     def commit(self, step: TargetPass, paths: Tensor, counts: list[int]) -> None:
         """Of a tree's nodes keep each row's first `counts[b]` of `paths` (B, A), and forget the others."""
         assert step.places is not None
+        if step.chains is not None:
+            paths = step.chains.chains.slots.gather(1, paths)
+            step.chains.keep(paths, counts)
         self.cache.keep(step.places, paths, counts)
         self.positions = [position + count for position, count in zip(self.positions, counts)]
 
@@ -175,7 +230,7 @@ class Target:
 
     def crop(self, lengths: list[int]) -> None:
         """Let each row end after `lengths[b]` tokens."""
-        excess = [length - kept for length, kept in zip(full_lengths(self.cache), lengths)]
+        excess = [length - kept for length, kept in zip(full_lengths(self.cache.layers[0]), lengths)]
         self.cache.set_lengths(lengths)
         self.positions = [position - more for position, more in zip(self.positions, excess)]
 
@@ -188,10 +243,15 @@ class Target:
         self.positions = [rows[row][1] for row in self.rows]
 
 
-def full_lengths(cache: TreeCache) -> list[int]:
-    """By row, how many tokens were ever put in the cache."""
-    layer = cache.layers[0]
-    return [length + dropped for length, dropped in zip(layer.lengths, layer.dropped)]
+def _last_columns(width: int, counts: list[int]) -> Tensor:
+    """(B, width): each row's last `counts[b]` columns of so many, then any."""
+    first = width - torch.tensor(counts)[:, None]
+    return (first + torch.arange(width)).clamp(max=width - 1)
+
+
+def _to_front(states: Tensor, counts: list[int]) -> Tensor:
+    """Of states (B, T, H) each row's last `counts[b]` first."""
+    return take_nodes(states, _last_columns(states.shape[1], counts).to(states.device))
 
 
 def _pick_last(before: Tensor | None, logits: Tensor, at: list[int], lasts: list[int], size: int) -> Tensor:

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from ..binding import find_misfits
 from ..cache import layer_windows
-from ..compat import is_stateful
+from ..compat import target_state_obstacle
 from ..modeling import D2SDDrafterConfig
 from ..modeling.compat_d2sd import cached_file
 from ..options import settle
@@ -39,14 +39,16 @@ def roles(plan: PairPlan) -> list[tuple[str, D2SDDrafterConfig]]:
 def check_target(plan: PairPlan) -> Finding:
     """Whether D²SD can decode such a model at all."""
     name = type(plan.target_config).__name__
-    advice = "D²SD needs a decoder-only model whose cache is made of keys and values."
+    advice = "D²SD needs a decoder-only model that keeps keys, values and recurrent states in its cache's layers."
     try:
         layer_windows(plan.target_config)
         target = plan.empty_target
     except ValueError as error:
         return wrong("target", str(error), advice)
-    if target.config.is_encoder_decoder or is_stateful(target):
-        return wrong("target", f"{name} has an encoder, or a state that cannot return to an accepted prefix.", advice)
+    obstacle = target_state_obstacle(target)
+    if target.config.is_encoder_decoder or obstacle is not None:
+        why = "has an encoder" if obstacle is None else f"has a recurrent state, and {obstacle}"
+        return wrong("target", f"{name} {why}.", advice)
     text = plan.target_config.get_text_config(decoder=True)
     return fine("target", f"{type(target).__name__}, {text.num_hidden_layers} layers, width {text.hidden_size}.")
 
