@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers as tf
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,23 +42,18 @@ def test_a_type_is_equal_or_refused_by_name(kind, verdict, words):
     assert words in found.words
 
 
-def test_a_wrong_text_is_a_defect(monkeypatch):
+def test_another_text_is_a_defect(monkeypatch):
     """Else the table could not tell."""
-    stock = targets.Drafter._denoise
-    monkeypatch.setattr("hf_d2sd.acceptance.POLICIES", {"walk": _accept_everything})
+    stock, plain_texts = targets.Drafter._denoise, targets._plain_texts
+
+    def with_another_last_token(model):
+        return [torch.cat([text[:-1], (text[-1:] + 1) % targets.VOCAB]) for text in plain_texts(model)]
+
+    monkeypatch.setattr(targets, "_plain_texts", with_another_last_token)
     found = targets.verdict_of("llama")
     assert found.verdict == "DIFFERS"
     assert "1 row with num_branches 3" in found.words
     assert targets.Drafter._denoise is stock, "drafts were left as they are within"
-
-
-def _accept_everything(tree, chooser):
-    """The first chain, whatever the target says of it."""
-    path = [0]
-    while not chooser.is_finished() and path[-1] + 1 < len(tree) and tree.parents[path[-1] + 1] == path[-1]:
-        chooser.choose(path[-1])
-        path.append(path[-1] + 1)
-    return path[:-1], tree.tokens[1 : len(path)]
 
 
 def test_a_process_that_ends_is_a_defect_of_its_type(monkeypatch):
