@@ -82,7 +82,7 @@ LATE = [
     ("distill", "--out {inside}", "is a file: name another folder"),
     ("distill", "--openings nowhere.txt", "--openings is nowhere.txt: there is no such file"),
     ("distill", "--prompts nowhere.jsonl", "--prompts is nowhere.jsonl: there is no such file"),
-    ("distill", "--prompts {file}", "line 1: no JSON object"),
+    ("distill", "--prompts {file}", "line 1: no JSON, or torn"),
     ("distill", "--answered {empty}", "has no rows"),
     ("distill", "--template_options {{", "template_options is no JSON"),
     ("distill", "--template_options []", "must be a JSON object"),
@@ -158,7 +158,7 @@ class TestMore:
         tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
         folder = save_word_target(tmp_path / "target")
         tokenizer.save_pretrained(folder)
-        with pytest.raises(SystemExit, match="refuses a chat with --system"):
+        with pytest.raises(SystemExit, match="refuses --system and a user's turn"):
             run("distill", f"--target {folder} --system be_brief", at)
         with pytest.raises(SystemExit, match="does not show the user's words"):
             run("distill", f"--target {folder} --self_prompts 3", at)

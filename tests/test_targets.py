@@ -30,7 +30,8 @@ PAGE = ROOT / "docs" / "targets.md"
         ("gpt_neo", "refused", "count their window by the order of the keys"),
         ("mpt", "refused", "ALiBi"),
         ("xlnet", "refused", "XLNetConfig"),
-        ("mamba", "refused", "recurrent state"),
+        ("mamba", "equal", "no layer attends"),
+        ("recurrent_gemma", "refused", "recurrent state"),
         ("musicgen", "not built", "sound"),
     ],
 )

@@ -131,6 +131,9 @@ class DistillOptions:
         refuse_missing_folder(self.target)
         refuse_unwritable_folder("--out", self.out)
         refuse_missing_file("--openings", self.openings)
+        for source in self.prompts:
+            if Path(source).suffix in (".json", ".jsonl", ".parquet"):  # others may be data sets of the Hub
+                refuse_missing_file("--prompts", source)
         refuse_missing_rows(map(Path, self.answered))
 
     @property

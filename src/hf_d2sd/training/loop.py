@@ -247,7 +247,8 @@ class TrainingRun:
                 tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in moments.items()}
             tensors |= {f"averaged/{index}": tensor for index, tensor in enumerate(self.averaged or [])}
             tensors |= {"step": torch.tensor(self.step), "best": torch.tensor(self.best, dtype=torch.float64)}
-            tensors |= {"spent": torch.tensor(self.spent, dtype=torch.float64)}
+            if self.options.minutes is not None:
+                tensors |= {"spent": torch.tensor(self.spent, dtype=torch.float64)}
             write_tensors(
                 self._checkpoint,
                 {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},

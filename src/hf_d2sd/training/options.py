@@ -162,4 +162,5 @@ class TrainOptions:
         if self.role == "second" and self.first is not None:
             read_drafter_config(self.first, "first")
         if self.init is not None:
-            read_drafter_config(self.init, self.role)
+            for role in ("first", "second") if self.role == "both" else (self.role,):
+                read_drafter_config(self.init, role)
