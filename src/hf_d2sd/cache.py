@@ -326,8 +326,8 @@ class TreeCache(Cache):
         ValueError: for a layer type whose state cannot drop tokens again.
     """
 
-    def __new__(cls, config):
-        own = own_cache_class(config)
+    def __new__(cls, config=None):  # copies are made without
+        own = own_cache_class(config) if config is not None else None
         # For a model that insists on a class of its own: one that is both.
         return super().__new__(cls if own is None else type(cls.__name__, (cls, own), {"linear_cache": ()}))
 
