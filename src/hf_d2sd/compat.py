@@ -82,6 +82,11 @@ def _wrap(owner: type, name: str, wrapper: Callable) -> None:
     setattr(owner, name, wrapped)
 
 
+def wrap_forward(owner: type[nn.Module], wrapper: Callable) -> None:
+    """Let modules of a class run `wrapper(stock, module, ...)`, once."""
+    _wrap(owner, "forward", wrapper)
+
+
 # What a call brings --------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attention import Nodes
 from .cache import StateLayer, TreeCache, choose_rows, map_states
-from .compat import States, goes_stepwise, has_states
+from .compat import States, goes_stepwise, has_states, wrap_forward
 from .tree import CandidateTree
 
 
@@ -150,7 +150,7 @@ def pass_over(cache: TreeCache, chains: Chains) -> Iterator[Pass]:
         layer.states = here.before[at]
 
 
-# What runs is seen by hooks on the model's modules, which do nothing in passes other than these ----------------------
+# What runs is seen where modules' classes define it; in passes other than these that does nothing -------------------
 
 
 class _Running(threading.local):
@@ -191,13 +191,27 @@ def _note(layer_index: int) -> None:
 
 
 def watch(model: nn.Module) -> None:
-    """Put hooks, once, on the modules of a model that know which layer they belong to."""
+    """See to it, once, that calls of modules that know which layer they belong to are noted.
+
+    A module stays as it is. One whose forward was replaced, by accelerate say, does not run its class's: it gets hooks.
+    """
     with _watching:
         for module in model.modules():
-            if hasattr(module, "layer_idx") and not hasattr(module, "_d2sd_is_watched"):
-                module._d2sd_is_watched = True
-                module.register_forward_pre_hook(_enter, with_kwargs=True)
-                module.register_forward_hook(_leave, with_kwargs=True)
+            if not hasattr(module, "layer_idx") or hasattr(module, "_d2sd_is_watched"):
+                continue
+            if "forward" not in vars(module):
+                wrap_forward(type(module), _watched)
+                continue
+            module._d2sd_is_watched = True
+            module.register_forward_pre_hook(_enter, with_kwargs=True)
+            module.register_forward_hook(_leave, with_kwargs=True)
+
+
+def _watched(stock: Callable, module: nn.Module, *args, **kwargs):
+    args, kwargs = _enter(module, args, kwargs) or (args, kwargs)
+    output = stock(module, *args, **kwargs)
+    replaced = _leave(module, args, kwargs, output)
+    return output if replaced is None else replaced
 
 
 def _enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
