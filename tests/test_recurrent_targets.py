@@ -7,8 +7,10 @@ import threading
 import layouts
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from recurrent import FAMILIES, REFUSED, recurrent_target
 from test_batch import mostly_right, pad, prompts
+from test_threads import state_of
 from tiny import LAYERS, OracleDrafts, prompt, tiny_assistant, tiny_target
 from transformers import DynamicCache, RwkvConfig, RwkvForCausalLM, StoppingCriteria, StoppingCriteriaList
 
@@ -410,3 +412,27 @@ def test_a_drafter_laid_out_as_those_of_qwen3_5_drafts_for_it(tmp_path):
 def test_the_assistant_of_another_library_is_still_refused():
     with pytest.raises(ValueError, match="not supported with stateful models"):
         recurrent_target("qwen3_5").generate(prompt(), assistant_model=tiny_target("llama"), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("family", here("qwen3_5", "mamba2", "jamba"))
+def test_a_call_leaves_nothing_in_the_target(family):
+    target = copy.deepcopy(recurrent_target(family))
+    ids = prompt(9)
+    target(ids, output_hidden_states=True)  # for which Transformers puts hooks of its own on a model
+    before = state_of(target)
+    options = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+    target.generate(ids, assistant_model=tiny_assistant(4, 6), **options)
+    assert state_of(target) == before
+
+
+def test_modules_whose_forward_was_replaced_are_watched_too(monkeypatch):
+    target, ids = copy.deepcopy(recurrent_target("qwen3_5")), prompt(9)
+    plain = target.generate(ids, do_sample=False, max_new_tokens=NEW, pad_token_id=0)
+    for module in target.modules():
+        if hasattr(module, "layer_idx"):
+            add_hook_to_module(module, ModelHook())  # as accelerate spreads a model over devices
+    OracleDrafts(monkeypatch, plain[0], 0.8)
+    pair = tiny_assistant(4, 6)
+    ours = target.generate(ids, assistant_model=pair, do_sample=False, max_new_tokens=NEW, pad_token_id=0)
+    assert torch.equal(ours, plain)
+    assert pair.last_stats.mean_acceptance_length > 1.5

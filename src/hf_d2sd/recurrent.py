@@ -193,7 +193,7 @@ def _note(layer_index: int) -> None:
 def watch(model: nn.Module) -> None:
     """See to it, once, that calls of modules that know which layer they belong to are noted.
 
-    A module stays as it is. One whose forward was replaced, by accelerate say, does not run its class's: it gets hooks.
+    A module stays as it is. One whose forward was replaced, by accelerate say, does not run its class's: hooks it is.
     """
     with _watching:
         for module in model.modules():
