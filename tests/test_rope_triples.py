@@ -67,14 +67,25 @@ def _glm4v():
     return tf.Glm4vForConditionalGeneration(config)
 
 
+def _qwen3_5():
+    sizes = dict(VISION, hidden_size=16, intermediate_size=16, out_hidden_size=WIDTH, num_position_embeddings=64)
+    vision = tf.Qwen3_5Config().vision_config.__class__(**sizes)
+    delta = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
+    types = ["linear_attention", "full_attention"] * (LAYERS // 2)
+    text = tf.Qwen3_5TextConfig(**TEXT, head_dim=8, **delta, layer_types=types)
+    return tf.Qwen3_5ForConditionalGeneration(tf.Qwen3_5Config(text_config=text, vision_config=vision, **QWEN_TOKENS))
+
+
 BUILDERS = {
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
     "qwen3_vl_moe": _qwen3_vl_moe,
     "glm4v": _glm4v,
+    "qwen3_5": _qwen3_5,
 }
-FAMILIES = tuple(BUILDERS)
+RECURRENT = ("qwen3_5",)  # layers with a state beside those that attend
+FAMILIES = tuple(family for family in BUILDERS if family not in RECURRENT)
 DENSE = tuple(family for family in FAMILIES if "moe" not in family)
 
 
@@ -166,7 +177,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("kind", PROMPTS)
-@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("family", DENSE + RECURRENT)
 def test_greedy_text_is_the_targets_own(family, kind, tree, monkeypatch):
     inputs, assistant = PROMPTS[kind](), tiny_assistant(4, 6)
     plain = generate(family, inputs)
@@ -177,7 +188,7 @@ def test_greedy_text_is_the_targets_own(family, kind, tree, monkeypatch):
 
 
 @pytest.mark.parametrize("tree", ["narrow", "wide"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + RECURRENT)
 def test_ragged_rows_of_which_some_have_images(family, tree, monkeypatch):
     rows = [image_prompt(9), text_prompt(14, 1), image_prompt(8, [(1, 4, 4), (1, 4, 8)], 2), text_prompt(4, 3)]
     inputs = batch_of(*rows)

@@ -99,9 +99,11 @@ class Target:
         """
         cached = full_lengths(self.cache.layers[0]) if self.cache.get_seq_length() else [0] * len(self.rows)
         counts = [new_tokens] * len(cached) if counts is None else counts
-        self._axes_ahead = _axes_ahead(model_kwargs.get("position_ids"), new_tokens, cached, counts)
+        positions = model_kwargs.get("position_ids")
+        self._axes_ahead = _axes_ahead(positions, new_tokens, cached, counts)
         padded = bool(self.cache.state_layers) and min(counts) < new_tokens
-        if padded and not max(cached):
+        if padded and not max(cached):  # each row's own tokens are its last ones
+            self._axes_ahead = _axes_ahead(positions, 1, [count - 1 for count in counts], [1] * len(counts))
             yield from self._prefill_padded(input_ids, counts, chunk_size or new_tokens, model_kwargs)
             return
         if padded or min(cached) < max(cached):
