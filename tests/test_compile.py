@@ -8,12 +8,14 @@ import torch
 from test_acceptance import Scripted, host_tree
 from test_batch import ends_of, pad, prompts
 from test_batch import generate as generate_batch
+from test_threads import state_of
 from test_tree import random_forest
 from tiny import OracleDrafts, prompt, tiny_drafter, tiny_target
 from torch._dynamo.utils import counters
 
-from hf_d2sd import D2SDAssistant
+from hf_d2sd import D2SDAssistant, captured
 from hf_d2sd.acceptance import greedy_paths, walk
+from hf_d2sd.captured import compile_once
 from hf_d2sd.tree import CandidateTree
 
 FAMILIES = ("llama", "qwen3", "mistral", "gemma3_text", "gpt_oss")
@@ -122,12 +124,24 @@ def test_turns_and_their_caches_go_on(pair):
         assert ours.tolist() == plain.tolist()
 
 
-def test_what_was_compiled_is_not_copied_or_saved_with_a_model(pair):
+def test_what_was_compiled_is_the_assistants_and_not_copied_or_saved_with_it(pair):
     target = copy.deepcopy(tiny_target("llama"))
+    target(prompt(), output_hidden_states=True)  # for which Transformers puts hooks of its own on a model
+    before = state_of(target)
     target.generate(prompt(), assistant_model=pair, max_new_tokens=8)
-    assert target._d2sd_compiled
-    assert not copy.deepcopy(target)._d2sd_compiled
-    assert not pickle.loads(pickle.dumps(target._d2sd_compiled))
+    assert state_of(target) == before
+    assert pair._compiled
+    assert not copy.deepcopy(pair)._compiled
+    assert not pickle.loads(pickle.dumps(pair._compiled))
+
+
+def test_an_assistant_keeps_what_it_compiled_of_a_few_targets_alone(pair, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda: function)
+    monkeypatch.setattr(captured, "_MOST_COMPILED", 3)
+    pair, functions = copy.deepcopy(pair), [lambda number=number: number for number in range(5)]
+    for function in functions:
+        assert compile_once(pair, {}, function) is compile_once(pair, {}, function)
+    assert [kept() for kept in pair._compiled.values()] == functions[2:]
 
 
 def test_the_walk_by_tensors_is_the_walk_by_steps():

@@ -218,8 +218,11 @@ def buffer_size(tokens: int) -> int:
     return next(size for size in (*(256 * 2**i for i in range(5)), -(-tokens // 4096) * 4096) if size >= tokens)
 
 
+_MOST_COMPILED = 16  # what an assistant keeps: the passes of its drafters and of the latest targets
+
+
 class Compiled(dict):
-    """What was compiled of a function or module, by options. Kept with it, but never copied or saved with it."""
+    """What was compiled for an assistant, by function or module and options. Never copied or saved with it."""
 
     def __deepcopy__(self, memo):
         return Compiled()
@@ -228,11 +231,16 @@ class Compiled(dict):
         return Compiled, ()
 
 
-def compile_once(options: dict, function: Callable) -> Callable:
-    """A function, or a module's forward, compiled: always the same one for the same options."""
-    known = vars(function).setdefault("_d2sd_compiled", Compiled())
-    key = repr(sorted(options.items()))
+def compile_once(assistant: D2SDAssistant, options: dict, function: Callable) -> Callable:
+    """A function, or a module's forward, compiled: always the same one for the same assistant and options.
+
+    It is kept with the assistant, since a target is not to be changed.
+    """
+    known = vars(assistant).setdefault("_compiled", Compiled())
+    key = id(function), repr(sorted(options.items()))  # what is kept holds the function: its id stays its own
     if key not in known:
+        if len(known) >= _MOST_COMPILED:
+            known.pop(next(iter(known)))
         known[key] = torch.compile(getattr(function, "forward", function), **options)
     return known[key]
 
@@ -241,4 +249,6 @@ def shapes_of(assistant: D2SDAssistant, compiles: bool | None) -> Callable:
     """The context that a call decodes in: fixed shapes if `d2sd_compile` or `assistant.compile()` asks for them."""
     if compiles is False or (compiles is None and assistant.compile_options is None):
         return contextlib.nullcontext
-    return FixedShapes(functools.partial(compile_once, {"dynamic": False, **(assistant.compile_options or {})}))
+    return FixedShapes(
+        functools.partial(compile_once, assistant, {"dynamic": False, **(assistant.compile_options or {})})
+    )
