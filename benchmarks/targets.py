@@ -40,7 +40,7 @@ from hf_d2sd.kernels import KERNELS
 TYPES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB, LAYERS, WINDOW = 24, 4, 10
 PROMPT, NEW_TOKENS, ROWS, SEEDS = 14, 24, 3, 6
-SECONDS, GIGABYTES, PARAMETERS = 60, 6, 20_000_000
+SECONDS, GIGABYTES, PARAMETERS = 120, 6, 20_000_000
 
 # The same size has many names; a config is given those that it knows.
 SIZES = dict(
@@ -67,13 +67,14 @@ SIZES = dict(
     num_global_key_value_heads=1,
 )  # fmt: skip
 _ROPE = dict(rope_type="default", rope_theta=1e4)
+_MAMBA_2 = dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8, mamba_n_groups=1)
 _ALTERNATING = dict(layer_types=["sliding_attention", "full_attention"] * (LAYERS // 2))
 
 # What a type needs beside or instead; with `DEFAULT` its config has its own.
 DEFAULT = object()
 OWN: dict[str, dict] = {
     "bailing_hybrid": dict(layer_group_size=2),
-    "bamba": dict(mamba_n_heads=8, mamba_d_head=8, attn_layer_indices=[1, 3]),
+    "bamba": dict(attn_layer_indices=[1, 3], **_MAMBA_2),
     "cohere_compass_text": dict(rope_parameters=dict.fromkeys(("full_attention", "sliding_attention"), _ROPE),
         **_ALTERNATING),
     "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
@@ -88,13 +89,15 @@ OWN: dict[str, dict] = {
     "gemma4_text": _ALTERNATING,
     "gemma4_unified": dict(text_config=_ALTERNATING, audio_config=None),
     "gemma4_unified_text": _ALTERNATING,
-    "falcon_h1": dict(mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_chunk_size=8),
+    "falcon_h1": dict(mamba_d_ssm=64, **_MAMBA_2),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1),
+    "nemotron_h": dict(layers_block_type=["mamba", "attention", "mlp", "mamba"], mamba_num_heads=8, mamba_head_dim=8,
+                       ssm_state_size=8, n_groups=2, chunk_size=8, num_hidden_layers=DEFAULT),
     "minimax": dict(sliding_window=None, block_size=8, layer_types=["linear_attention", "full_attention"] * 2),
     "zamba2": dict(layers_block_type=["mamba", "hybrid"] * 2, mamba_d_state=8, mamba_headdim=8, mamba_ngroups=1,
                    n_mamba_heads=8, chunk_size=8, num_mem_blocks=1, use_mem_rope=True, head_dim=DEFAULT),
     "gpt_neo": dict(attention_types=[[["global", "local"], LAYERS // 2]], window_size=WINDOW),
-    "granitemoehybrid": dict(mamba_n_heads=8, mamba_d_head=8, layer_types=["mamba", "attention"] * 2),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2, **_MAMBA_2),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "kimi_linear": dict(linear_head_dim=8, linear_num_heads=4),
     "mamba2": dict(num_heads=8, head_dim=8, n_groups=1),
