@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_d2sd import attention
 from hf_d2sd.attention import Nodes, TreeAttention, choose, tree_mask
 from hf_d2sd.cache import Place, TreeCache, TreeLayer
+from hf_d2sd.probing import attention_for
 from hf_d2sd.target import Target
 from hf_d2sd.tree import CandidateTree
 
@@ -83,7 +84,7 @@ class TestTheMask:
     def test_an_additive_mask_hides_what_the_boolean_one_hides(self):
         seen = torch.rand(5, 9) < 0.5
         for dtype in (torch.float32, torch.bfloat16):
-            chosen = TreeAttention("eager", "", "eager", {}, None)
+            chosen = TreeAttention("eager", "", "eager", {}, None, [])
             mask = chosen.as_mask(seen[None], dtype)
             assert (mask.shape, mask.dtype) == ((1, 1, 5, 9), dtype)
             assert torch.equal(mask[0, 0] == 0, seen)
@@ -162,7 +163,7 @@ class TestTheImplementation:
         """What a layer is given when it asks for its attention function; nothing of the model changes."""
         model = copy.deepcopy(tiny_target("llama"))
         before, own = copy.deepcopy(model.config), model.config._attn_implementation
-        chosen = TreeAttention("eager", "", "eager", {}, model.config)
+        chosen = TreeAttention("eager", "", "eager", {}, model.config, [])
         stock = ALL_ATTENTION_FUNCTIONS[own]
 
         def asked() -> object:
@@ -181,6 +182,7 @@ class TestTheImplementation:
 
     def test_an_error_in_the_target_leaves_its_attention_as_it_was(self, monkeypatch, delegate):
         target = with_attention("llama", delegate.name)
+        attention_for(target)  # a small tree is tried once
         stock = Target.verify
 
         def broken(self, tree):
@@ -197,6 +199,7 @@ class TestTheImplementation:
         target, assistant = with_attention(family, delegate.name), tiny_assistant(4, 6)
         plain = target.generate(prompt(), do_sample=False, max_new_tokens=16)
         OracleDrafts(monkeypatch, plain[0], 0.7)
+        attention_for(target)  # a small tree is tried once, beside plain text
         delegate.queries.clear()
         ours = target.generate(prompt(), do_sample=False, max_new_tokens=16, assistant_model=assistant)
         assert ours.tolist() == plain.tolist() == greedy(family)

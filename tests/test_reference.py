@@ -72,6 +72,7 @@ def test_scripts_and_targets_that_pages_name_are_there(page):
             source = (ROOT / words[1]).read_text(encoding="utf-8")
             options = [word for word in words[2:] if word.startswith("--")]
             known = {f"--{field.name}" for field in fields(BenchOptions)} if 'main(["bench"' in source else set()
+            known |= {f"--{name}" for name in re.findall(r"^    (\w+): ", source, re.M)}  # of a class of options
             assert all(f'"{option}"' in source or option in known for option in options), words
 
 

@@ -10,6 +10,7 @@ from tiny import IMAGE_TOKEN, LAYERS, VOCAB, WIDTH, OracleDrafts, prompt, tiny_a
 from hf_d2sd import D2SDAssistant
 from hf_d2sd.compat import CACHE_NAME
 from hf_d2sd.drafting import Drafter
+from hf_d2sd.probing import attention_for
 from hf_d2sd.target import Target
 
 IMAGE_START, IMAGE_END, VIDEO_TOKEN = 21, 22, 23
@@ -214,6 +215,7 @@ def test_the_nodes_carry_the_triples_that_the_model_itself_would_give_them(famil
         "mm_token_type_ids": torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 24)),
     }
     expected, _ = target.model.get_rope_index(plain, **longer)  # (3, 2, L)
+    attention_for(target)  # a small tree is tried once
     padding = (inputs["attention_mask"] == 0).sum(1)
     verify = Target.verify
 

@@ -4,6 +4,7 @@ import collections
 import functools
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import scipy.stats
@@ -167,6 +168,8 @@ class Replay:
 
 class Blind:
     """Stands where the drafters do; `Replay` runs the real ones."""
+
+    words = SimpleNamespace(add=lambda tokens: None)  # of the text, which nothing is drafted of
 
     def extend(self, *args):
         pass
