@@ -373,8 +373,9 @@ def _in_process(kind: str, sender) -> None:
 HEAD = """# Targets
 
 Each type of `MODEL_FOR_CAUSAL_LM_MAPPING_NAMES` in Transformers {version}, tiny and random, in float32 on a CPU:
-{counts}. `python benchmarks/targets.py --out docs/targets.md` makes this page, and a slow test makes it again and
-compares.
+{counts}.
+
+`python benchmarks/targets.py --out docs/targets.md` makes this page, and a slow test makes it again and compares.
 
 *equal* means that greedy texts are those of plain `generate`, token for token: one sequence and a padded batch of
 three, trees of up to 12 and 64 nodes and trees of width 2, drafts right at 80 percent of the positions, a sliding
