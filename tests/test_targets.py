@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "targets.md"
         ("gpt_neo", "refused", "count their window by the order of the keys"),
         ("mpt", "refused", "ALiBi"),
         ("xlnet", "refused", "XLNetConfig"),
-        ("mamba", "equal", "no layer attends"),
+        ("qwen3_next", "equal", "cpu"),  # layers with a recurrent state
         ("recurrent_gemma", "refused", "recurrent state"),
         ("musicgen", "not built", "sound"),
     ],
