@@ -30,7 +30,7 @@ from smollm2 import load_smollm2
 from transformers import GenerationConfig
 
 import hf_d2sd
-from hf_d2sd import records
+from hf_d2sd import records, vocabulary
 from hf_d2sd.benchmark.replaying import Text, replay
 from hf_d2sd.benchmark.strategies import Models, Strategy, all_strategies, find_strategy
 from hf_d2sd.checks import refuse_unknown_dtype, refuse_unwritable_file
@@ -151,7 +151,7 @@ def replayed(args, target, texts: list[Text], arguments: dict) -> dict:
 
 def settings(args) -> dict:
     """What rows must have in common to stand in one table."""
-    names = ("branches", "width", "nodes", "max_new_tokens", "batch_size", "max_prompts", "dtype", "replay")
+    names = ("branches", "width", "nodes", "max_new_tokens", "batch_size", "max_prompts", "dtype", "replay", "words")
     return {"pair": Path(args.pair).name, **{name: getattr(args, name) for name in names}}
 
 
@@ -187,6 +187,9 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=32, help="of the wide trees")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--words", type=int, default=vocabulary.MOST_WORDS, help="most that a call adds to drafts' words"
+    )
     parser.add_argument("--replay", action="store_true", help="leave out the target's passes over trees")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
@@ -197,6 +200,7 @@ def main() -> None:
     refuse_unwritable_file("--out", args.out, makes_folder=True)
     refuse_unknown_dtype(args.dtype)
     torch.set_num_threads(args.threads)
+    vocabulary.MOST_WORDS = args.words
     records.begin(args.out.with_suffix(".run.json"), settings(args))
     measure(args)
     result = {
