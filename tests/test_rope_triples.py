@@ -1,5 +1,6 @@
 """Targets whose rotary positions are triples of time, height and width: images in the prompt, text after them."""
 
+import copy
 import functools
 
 import pytest
@@ -35,7 +36,7 @@ QWEN_TOKENS = dict(TOKENS, vision_start_token_id=IMAGE_START, vision_end_token_i
 
 def _qwen2_vl():
     vision = tf.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig(embed_dim=16, hidden_size=WIDTH, **VISION)
-    text = tf.Qwen2VLTextConfig(**TEXT)
+    text = tf.Qwen2VLTextConfig(**copy.deepcopy(TEXT))
     return tf.Qwen2VLForConditionalGeneration(tf.Qwen2VLConfig(text_config=text, vision_config=vision, **QWEN_TOKENS))
 
 
@@ -44,14 +45,16 @@ def _qwen2_5_vl():
     vision = tf.models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig(
         **sizes, fullatt_block_indexes=[0], tokens_per_second=2
     )
-    config = tf.Qwen2_5_VLConfig(text_config=tf.Qwen2_5_VLTextConfig(**TEXT), vision_config=vision, **QWEN_TOKENS)
+    config = tf.Qwen2_5_VLConfig(
+        text_config=tf.Qwen2_5_VLTextConfig(**copy.deepcopy(TEXT)), vision_config=vision, **QWEN_TOKENS
+    )
     return tf.Qwen2_5_VLForConditionalGeneration(config)
 
 
 def _qwen3_vl(names: str = "Qwen3VL", **more):
     sizes = dict(VISION, hidden_size=16, intermediate_size=16, out_hidden_size=WIDTH, num_position_embeddings=64)
     vision = getattr(tf, f"{names}Config")().vision_config.__class__(**{**sizes, "deepstack_visual_indexes": [0]})
-    text = getattr(tf, f"{names}TextConfig")(**TEXT, head_dim=8, **more)
+    text = getattr(tf, f"{names}TextConfig")(**copy.deepcopy(TEXT), head_dim=8, **more)
     config = getattr(tf, f"{names}Config")(text_config=text, vision_config=vision, **QWEN_TOKENS)
     return getattr(tf, f"{names}ForConditionalGeneration")(config)
 
@@ -64,7 +67,7 @@ def _glm4v():
     sizes = dict(VISION, hidden_size=16, intermediate_size=16, out_hidden_size=WIDTH, image_size=16)
     vision = tf.Glm4vConfig().vision_config.__class__(**sizes)
     tokens = dict(TOKENS, image_start_token_id=IMAGE_START, image_end_token_id=IMAGE_END)
-    config = tf.Glm4vConfig(text_config=tf.Glm4vTextConfig(**TEXT), vision_config=vision, **tokens)
+    config = tf.Glm4vConfig(text_config=tf.Glm4vTextConfig(**copy.deepcopy(TEXT)), vision_config=vision, **tokens)
     return tf.Glm4vForConditionalGeneration(config)
 
 
@@ -73,7 +76,7 @@ def _qwen3_5():
     vision = tf.Qwen3_5Config().vision_config.__class__(**sizes)
     delta = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8)
     types = ["linear_attention", "full_attention"] * (LAYERS // 2)
-    text = tf.Qwen3_5TextConfig(**TEXT, head_dim=8, **delta, layer_types=types)
+    text = tf.Qwen3_5TextConfig(**copy.deepcopy(TEXT), head_dim=8, **delta, layer_types=types)
     return tf.Qwen3_5ForConditionalGeneration(tf.Qwen3_5Config(text_config=text, vision_config=vision, **QWEN_TOKENS))
 
 
