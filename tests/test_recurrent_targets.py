@@ -40,9 +40,9 @@ def continuation(family, row, **options) -> list[int]:
     return generate(family, {"input_ids": row[None]}, **options)[0, len(row) :].tolist()
 
 
-def check_text(family, rows, branches, width, monkeypatch, **options):
+def check_text(family, rows, branches, width, monkeypatch, seed=0, **options):
     """Of `rows` ragged prompts, with drafts that are often right."""
-    texts = prompts(rows, seed=branches)
+    texts = prompts(rows, seed=10 * seed + branches)
     inputs = pad(texts)
     plain = {name: value for name, value in options.items() if not name.startswith("d2sd")}
     length = inputs["input_ids"].shape[1]
@@ -73,12 +73,13 @@ def test_greedy_text_of_every_family_is_the_targets(family, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))  # of 24 prompts: four alone, twenty in batches
 @pytest.mark.parametrize("rows", (1, 5))
 @pytest.mark.parametrize("width", (1, 4))
 @pytest.mark.parametrize("branches", (0, 1, 4))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_text_of_every_family_whatever_the_tree_and_the_batch(family, branches, width, rows, monkeypatch):
-    check_text(family, rows, branches, width, monkeypatch)
+def test_greedy_text_of_every_family_whatever_the_tree_and_the_batch(family, branches, width, rows, seed, monkeypatch):
+    check_text(family, rows, branches, width, monkeypatch, seed)
 
 
 @pytest.mark.parametrize("family", here("qwen3_next", "mamba2", "jamba"))
