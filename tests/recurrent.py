@@ -146,11 +146,12 @@ _BUILDERS = {
         tf.RecurrentGemmaConfig(**_SIZES, lru_width=WIDTH, attention_window_size=10)
     ),
 }
-REFUSED = {"recurrent_gemma": "its modules"}
 WITHOUT_ATTENTION = ("mamba2", "mamba", "falcon_mamba")
-HYBRIDS = tuple(name for name in _BUILDERS if name not in (*REFUSED, *WITHOUT_ATTENTION))
+# Before 5.24 its configuration names no layer with a state, and it is refused.
+OF_5_24 = ("recurrent_gemma", *WITHOUT_ATTENTION)
+HYBRIDS = tuple(name for name in _BUILDERS if name not in OF_5_24)
 # Before 5.24 models without attention have a cache of another name.
-FAMILIES = (*HYBRIDS, *WITHOUT_ATTENTION) if CACHE_NAME == "cache" else HYBRIDS
+FAMILIES = (*HYBRIDS, *OF_5_24) if CACHE_NAME == "cache" else HYBRIDS
 
 
 @functools.cache
@@ -163,3 +164,10 @@ def recurrent_target(family: str):
             parameter.data += 0.1 * torch.randn_like(parameter)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     return model
+
+
+def forget(model) -> None:
+    """As if the model had never run: RecurrentGemma's modules go on from the last call where a prompt is one token."""
+    for module in model.modules():
+        if hasattr(module, "conv1d_state"):
+            module.conv1d_state = module.rg_lru.recurrent_states = None

@@ -31,7 +31,7 @@ PAGE = ROOT / "docs" / "targets.md"
         ("mpt", "refused", "ALiBi"),
         ("xlnet", "refused", "XLNetConfig"),
         ("qwen3_next", "equal", "cpu"),  # layers with a recurrent state
-        ("recurrent_gemma", "refused", "recurrent state"),
+        ("rwkv", "refused", "recurrent state"),
         ("musicgen", "not built", "sound"),
     ],
 )

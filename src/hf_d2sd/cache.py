@@ -261,6 +261,13 @@ class StateLayer(LinearAttentionLayer, TreeLayer):
         layer.states = choose_rows(self.states, rows)
         return layer
 
+    def put(self, conv: Tensor, recurrent: Tensor) -> None:
+        """Let these be the states, of a module that does not know of caches."""
+        self._tell()
+        self.conv_states[0], self.recurrent_states[0], self.has_previous_state[0] = conv, recurrent, True
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
+        self.dtype, self.device = conv.dtype, conv.device
+
     def take_states(self, other: LinearAttentionLayer) -> None:
         """Go on from a copy of another layer's states."""
         copy_state_flags(self, other)

@@ -98,8 +98,12 @@ def is_stateful(target) -> bool:
 def target_state_obstacle(target) -> str | None:
     """As `state_obstacle`, also of a model whose config names no layer with a state."""
     has_layers = not STATE_TYPES.isdisjoint(layer_types_of(target.config)[0])
-    if is_stateful(target) and not has_layers and target.config.model_type not in _UNSERVED_STATES:
+    if is_stateful(target) and not has_layers:
         return "it does not keep its states in the cache"
+    if any("forward" in vars(block) for block in state_holders(target)):
+        return (
+            "its modules, which keep their states themselves, have another forward than their class, accelerate's say"
+        )
     return state_obstacle(target.config)
 
 
@@ -120,18 +124,14 @@ _SERVED_STATES = {
     "qwen3_5_moe_text",
     "qwen3_5_text",
     "qwen3_next",
+    "recurrent_gemma",
     "zamba2",
-}
-_UNSERVED_STATES = {
-    "recurrent_gemma": "it keeps its states in its modules, outside of any cache",
 }
 
 
 def state_obstacle(config) -> str | None:
     """Why a model's recurrent states cannot follow a tree's accepted path; `None` if they can, or there are none."""
     text = config.get_text_config(decoder=True)
-    if text.model_type in _UNSERVED_STATES:
-        return _UNSERVED_STATES[text.model_type]
     types = set(layer_types_of(config)[0])
     if not types & STATE_TYPES:
         return None
@@ -142,6 +142,25 @@ def state_obstacle(config) -> str | None:
     if text.model_type in _SERVED_STATES:
         return None
     return f"states of {text.model_type!r} are not among those that are known to"
+
+
+def state_holders(model) -> dict[nn.Module, int]:
+    """Modules that keep their states themselves, in no cache: RecurrentGemma's. With their layers' indices."""
+    blocks = {layer: at for at, layer in enumerate(getattr(decoder_of(model), "layers", ()))}
+    held = {getattr(layer, "temporal_block", None): at for layer, at in blocks.items()}
+    return {block: at for block, at in held.items() if hasattr(block, "conv1d_state")}
+
+
+def run_with_states(stock: Callable, block: nn.Module, states: tuple, args: tuple, kwargs: dict) -> tuple:
+    """What such a module gives from these states, and the states then; the module itself stays as it is.
+
+    A shallow copy runs in its place, which shares all its weights.
+    """
+    twin, scan = copy.copy(block), copy.copy(block.rg_lru)
+    twin._modules = {**block._modules, "rg_lru": scan}
+    twin.conv1d_state, scan.recurrent_states = states
+    output, _ = stock(twin, *args, **kwargs)
+    return output, (twin.conv1d_state, scan.recurrent_states)
 
 
 _FORGETFUL_MIXERS = {

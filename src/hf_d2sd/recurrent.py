@@ -10,6 +10,7 @@ that they had for the kept tokens. A module of its own because no other part of 
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from .attention import Nodes
 from .cache import StateLayer, TreeCache, choose_rows, map_states
-from .compat import States, goes_stepwise, has_states, wrap_forward
+from .compat import CACHE_NAME, States, goes_stepwise, has_states, run_with_states, state_holders, wrap_forward
 from .tree import CandidateTree
 
 
@@ -162,6 +163,7 @@ class _Running(threading.local):
 
 
 _running = _Running()
+_holders: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()  # see `state_holders`
 _watching = threading.Lock()  # threads may begin with a target at once
 
 
@@ -196,6 +198,9 @@ def watch(model: nn.Module) -> None:
     A module stays as it is. One whose forward was replaced, by accelerate say, does not run its class's: hooks it is.
     """
     with _watching:
+        for block, at in state_holders(model).items():
+            _holders[block] = at
+            wrap_forward(type(block), _beside)
         for module in model.modules():
             if not hasattr(module, "layer_idx") or hasattr(module, "_d2sd_is_watched"):
                 continue
@@ -205,6 +210,28 @@ def watch(model: nn.Module) -> None:
             module._d2sd_is_watched = True
             module.register_forward_pre_hook(_enter, with_kwargs=True)
             module.register_forward_hook(_leave, with_kwargs=True)
+
+
+def _beside(stock: Callable, block: nn.Module, hidden: Tensor, position_ids: Tensor, **kwargs):
+    """A module that keeps its states itself, as in `state_holders`: in our passes they are those of our cache."""
+    cache = kwargs.get(CACHE_NAME)
+    if not isinstance(cache, TreeCache):
+        return stock(block, hidden, position_ids=position_ids, **kwargs)
+    layer = cache.layers[_holders[block]]
+    if _running.active:
+        _running.stack += (Call(block, (hidden,), {"position_ids": position_ids, **kwargs}),)
+    goes_on = has_states(layer)
+    states = (layer.conv_states[0], layer.recurrent_states[0]) if goes_on else (None, None)
+    step = 1 if goes_on and not _running.in_prompt else hidden.shape[1]  # several tokens begin without a convolution's
+    outputs = []
+    for part, positions in zip(hidden.split(step, dim=1), position_ids.split(step, dim=1)):
+        arguments = {"position_ids": positions, **kwargs}
+        output, states = run_with_states(stock, block, states, (part,), arguments)
+        outputs.append(output)
+    layer.put(*states)
+    if _running.active:
+        _running.stack = _running.stack[:-1]
+    return torch.cat(outputs, dim=1), None
 
 
 def _watched(stock: Callable, module: nn.Module, *args, **kwargs):
