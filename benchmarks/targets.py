@@ -309,7 +309,7 @@ def _texts_that_differ(model, pair: D2SDAssistant, truths: list[torch.Tensor]) -
         for rows in (1, ROWS):
             inputs = dict(input_ids=batch[:rows], attention_mask=mask[:rows])
             # Where padding changes a model's own text, its text of the batch counts as well as that of each row alone.
-            for texts in (truths[:rows], together[:rows]):
+            for texts in (truths[:1],) if rows == 1 else (truths, together):
                 with drafts_often_right(texts, 0.8, seed=number):
                     ours = model.generate(**inputs, assistant_model=pair, **GREEDY, **case)
                 if is_equal := _ends_alike(ours, texts):
