@@ -302,10 +302,9 @@ class TestWhatCannotWork:
             generate(target)
 
     def test_recurrent_states_outside_of_the_cache_are_refused(self):
-        sizes = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4)
-        gemma = tf.RecurrentGemmaForCausalLM(tf.RecurrentGemmaConfig(**sizes, head_dim=8, intermediate_size=48))
-        with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM has a recurrent state"):
-            generate(gemma.eval())
+        sizes = dict(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=LAYERS, attention_hidden_size=WIDTH)
+        with pytest.raises(ValueError, match="RwkvForCausalLM has a recurrent state"):
+            generate(tf.RwkvForCausalLM(tf.RwkvConfig(**sizes)).eval())
 
     def test_a_cache_that_holds_the_whole_prompt_is_refused(self):
         cache = DynamicCache()
