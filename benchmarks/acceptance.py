@@ -12,7 +12,11 @@ decode it with everything real but the target's passes, see `hf_d2sd.benchmark.r
 decoding by what bf16 rounds otherwise in passes of other shapes.
 
 The rows of the paper's ablation hold all nodes that the drafts give; the wide trees hold --nodes, the anchor included:
-the nodes a pass are printed beside each figure, since they are what a pass costs.
+the nodes a pass are printed beside each figure, since they are what a pass costs. Several --nodes give a row each, and
+--heads with without measures the pair a second time without its path heads (and the temperatures that go with them).
+
+The oracles, which need --replay, follow the target's own path for as long as the drafts' candidates hold it: what no
+tree of these candidates can exceed.
 """
 
 import argparse
@@ -31,8 +35,8 @@ from transformers import GenerationConfig
 
 import hf_d2sd
 from hf_d2sd import records, vocabulary
-from hf_d2sd.benchmark.replaying import Text, replay
-from hf_d2sd.benchmark.strategies import Models, Strategy, all_strategies, find_strategy
+from hf_d2sd.benchmark.replaying import Text, oracle, replay
+from hf_d2sd.benchmark.strategies import Models, all_strategies, find_strategy
 from hf_d2sd.checks import refuse_unknown_dtype, refuse_unwritable_file
 from hf_d2sd.options import settle
 from hf_d2sd.training.features import compute_features
@@ -48,12 +52,38 @@ ROWS = {
     "wide tree, first drafter reused": "reuse:width={width},budget={nodes}",
     "wide tree, D²SD": "d2sd-wide",
 }
+SIZED = [row for row in ROWS if row.startswith("wide")]
 
 
-def strategies(args) -> dict[str, Strategy]:
-    """By the words of the table."""
-    known = all_strategies(args.branches, args.width, args.nodes)
-    return {row: find_strategy(ROWS[row].format(width=args.width, nodes=args.nodes), known) for row in args.strategies}
+ORACLES = {"oracle, first drafter alone": "ddtree", "oracle, D²SD": "d2sd-wide"}
+WITHOUT = ", without heads"
+
+
+def strategies(args) -> dict[str, tuple[str, int, bool]]:
+    """By the words of the table: a strategy's name, nodes of a wide tree, and whether the pair has its path heads."""
+    result = {}
+    for heads in args.heads:
+        for row in args.strategies:
+            name = {**ROWS, **ORACLES}[row]
+            trees = args.nodes if "{nodes}" in name or row in SIZED else args.nodes[:1]
+            for nodes in trees:
+                words = row if len(trees) == 1 else f"{row}, {nodes} nodes"
+                words += "" if heads == "with" else WITHOUT
+                result[words] = name.format(width=args.width, nodes=nodes), nodes, heads == "with"
+    return result
+
+
+def generate_arguments(args, models: dict[bool, Models], name: str, nodes: int, heads: bool) -> dict:
+    known = all_strategies(args.branches, args.width, nodes)
+    return find_strategy(name, known).generate_arguments(models[heads])
+
+
+def read_pair(args, heads: bool) -> Models:
+    pair = hf_d2sd.D2SDAssistant.from_pretrained(args.pair, dtype=getattr(torch, args.dtype))
+    if not heads:
+        for drafter in pair.drafters:
+            drafter.path_head = drafter.config.path_rank = drafter.config.confidence_temperatures = None
+    return Models(pair)
 
 
 def batches(args, tokenizer) -> list[tuple[str, str, list[str], list[list[int]]]]:
@@ -91,7 +121,7 @@ def measure(args) -> None:
     """Write a row for each batch and strategy: committed tokens, target passes and nodes."""
     dtype = getattr(torch, args.dtype)
     target, tokenizer = load_smollm2(dtype)
-    models = Models(hf_d2sd.D2SDAssistant.from_pretrained(args.pair, dtype=dtype))
+    models = {heads == "with": read_pair(args, heads == "with") for heads in args.heads}
     path = args.out.with_name(f"{args.out.stem}{f'-{args.part}' if args.parts > 1 else ''}.jsonl")
     known = {(row["keys"][0], row["strategy"]) for row in read_rows(args.out)}
     todo = batches(args, tokenizer)[args.part :: args.parts]
@@ -100,10 +130,10 @@ def measure(args) -> None:
         for name, strategy in strategies(args).items():
             if (keys[0], name) in known:
                 continue
-            arguments = strategy.generate_arguments(models)
+            arguments = generate_arguments(args, models, *strategy)
             if args.replay:
                 texts = texts or known_texts(args, target, inputs, prompts)
-                counts = replayed(args, target, texts, arguments)
+                counts = replayed(oracle if name.startswith("oracle") else replay, args, target, texts, arguments)
             else:
                 counts = decoded(args, target, inputs, arguments)
             records.append(path, {"file": file, "task": task, "keys": keys, "strategy": name, **counts})
@@ -140,19 +170,20 @@ def known_texts(args, target, inputs: dict, prompts: list[list[int]]) -> list[Te
     return known
 
 
-def replayed(args, target, texts: list[Text], arguments: dict) -> dict:
+def replayed(decode, args, target, texts: list[Text], arguments: dict) -> dict:
     """Tokens, passes and nodes, had the texts been decoded so."""
     arguments = dict(arguments)
     assistant = arguments.pop("assistant_model")
     options = settle(assistant, GenerationConfig(**arguments))
     end = target.generation_config.eos_token_id
-    return dataclasses.asdict(replay(assistant, target, texts, options, args.max_new_tokens, [end]))
+    return dataclasses.asdict(decode(assistant, target, texts, options, args.max_new_tokens, [end]))
 
 
 def settings(args) -> dict:
     """What rows must have in common to stand in one table."""
-    names = ("branches", "width", "nodes", "max_new_tokens", "batch_size", "max_prompts", "dtype", "replay", "words")
-    return {"pair": Path(args.pair).name, **{name: getattr(args, name) for name in names}}
+    names = ("branches", "width", "max_new_tokens", "batch_size", "max_prompts", "dtype", "replay", "words")
+    nodes = args.nodes if len(args.nodes) > 1 else args.nodes[0]
+    return {"pair": Path(args.pair).name, "nodes": nodes, **{name: getattr(args, name) for name in names}}
 
 
 def table(args, rows: list[dict]) -> dict[str, dict]:
@@ -181,10 +212,13 @@ def main() -> None:
     parser.add_argument("--pair", default=str(PAIR))
     parser.add_argument("--prompts", type=Path, nargs="+", default=sorted((HERE / "prompts").glob("*.jsonl")))
     parser.add_argument("--max-prompts", type=int, help="so many of each file, evenly spread")
-    parser.add_argument("--strategies", nargs="+", choices=list(ROWS), default=list(ROWS), help="rows of the table")
+    parser.add_argument(
+        "--strategies", nargs="+", choices=[*ROWS, *ORACLES], default=list(ROWS), help="rows of the table"
+    )
     parser.add_argument("--branches", type=int, default=4, help="K")
     parser.add_argument("--width", type=int, default=8, help="of the wide trees")
-    parser.add_argument("--nodes", type=int, default=32, help="of the wide trees")
+    parser.add_argument("--nodes", type=int, nargs="+", default=[32], help="of the wide trees")
+    parser.add_argument("--heads", nargs="+", choices=["with", "without"], default=["with"], help="path heads")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
@@ -197,6 +231,8 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if not args.replay and set(args.strategies) & set(ORACLES):
+        parser.error("oracles need --replay.")
     refuse_unwritable_file("--out", args.out, makes_folder=True)
     refuse_unknown_dtype(args.dtype)
     torch.set_num_threads(args.threads)
@@ -207,7 +243,7 @@ def main() -> None:
         "what": "tokens committed in a target pass, greedy, the prompt's pass left out",
         "pair": Path(args.pair).name,
         "branches": args.branches,
-        "width and nodes of wide trees": [args.width, args.nodes],
+        "width and nodes of wide trees": [args.width, *args.nodes],
         "dtype": args.dtype,
         "max_new_tokens": args.max_new_tokens,
         "versions": {"transformers": transformers.__version__, "torch": torch.__version__},

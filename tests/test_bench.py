@@ -586,6 +586,27 @@ class TestScriptsThatGoOn:
         with pytest.raises(ValueError, match="a.run.json is of .* other settings: nodes: 32 there, 16 now"):
             run("--nodes", "16")
 
+    def test_each_number_of_nodes_has_its_row_with_heads_and_without(self, monkeypatch, tmp_path):
+        import acceptance
+
+        asked = ["--nodes", "16", "64", "--heads", "with", "without", "--strategies", "first drafter alone"]
+        asked += ["wide tree, D²SD", "--out", str(tmp_path / "a.json")]
+        monkeypatch.setattr(sys, "argv", ["acceptance.py", *asked])
+        monkeypatch.setattr(acceptance, "measure", lambda args: None)
+        acceptance.main()
+        rows = list(json.loads((tmp_path / "a.json").read_text())["strategies"])
+        with_heads = ["first drafter alone", "wide tree, D²SD, 16 nodes", "wide tree, D²SD, 64 nodes"]
+        assert rows == with_heads + [f"{row}, without heads" for row in with_heads]
+
+    def test_an_oracle_is_nothing_that_can_be_decoded(self, monkeypatch, tmp_path, capsys):
+        import acceptance
+
+        asked = ["--strategies", "oracle, D²SD", "--out", str(tmp_path / "a.json")]
+        monkeypatch.setattr(sys, "argv", ["acceptance.py", *asked])
+        with pytest.raises(SystemExit):
+            acceptance.main()
+        assert "oracles need --replay" in capsys.readouterr().err
+
     def test_an_equality_run_is_not_mixed_with_one_of_other_drafters(self, monkeypatch, tmp_path):
         import equality
 

@@ -1,5 +1,6 @@
 """Calibration: temperatures are recovered, stored, used by decoding, and measured on rows they were not fitted on."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -154,6 +155,24 @@ def test_a_drafter_is_calibrated_in_place(target, data, first, tmp_path):  # noq
     json.dumps(result)
     with pytest.raises(ValueError, match="0 held-out rows"):
         calibrate(CalibrateOptions(folder, str(target), data, held_out=10**9, dtype="float32"))
+
+
+def test_a_pairs_drafters_are_calibrated_as_each_one_alone(target, data, first, tmp_path):  # noqa: F811
+    """In the pair's one config, the second drafter after prefixes as its training drew them."""
+    alone, pair = tmp_path / "alone", tmp_path / "pair"
+    drafter = D2SDDrafterModel.from_pretrained(first / "last")
+    drafter.save_pretrained(alone)
+    D2SDAssistant.from_drafters(drafter, copy.deepcopy(drafter), tree_budget=12).save_pretrained(pair)
+    settings = CalibrateOptions(pair, str(target), data, held_out=10, dtype="float32", plot=tmp_path / "plot.png")
+    result = calibrate(settings)
+    for role, base in (("first", None), ("second", 0.9)):
+        assert result[role] == calibrate(replace(settings, drafter=alone, prefix_base=base))
+        assert (tmp_path / f"plot-{role}.png").is_file()
+    assert result["first"] != result["second"]
+    loaded = D2SDAssistant.from_pretrained(pair)
+    stored = [model.config.confidence_temperatures for model in loaded.drafters]
+    assert stored == [result[role]["temperatures"] for role in ("first", "second")]
+    assert loaded.config.tree_budget == 12
 
 
 def test_nothing_is_stored_where_nothing_helps_and_what_was_there_goes(target, data, first, tmp_path, monkeypatch):  # noqa: F811

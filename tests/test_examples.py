@@ -157,3 +157,24 @@ def test_the_script_for_smollm2_makes_a_pair_and_goes_on_where_it_stopped(tmp_pa
     kept, changed = zip(pair.drafters, D2SDAssistant.from_pretrained(second / "pair").drafters)
     assert all(a.equal(b) for a, b in zip(*(drafter.state_dict().values() for drafter in kept)))
     assert not all(a.equal(b) for a, b in zip(*(drafter.state_dict().values() for drafter in changed)))
+
+
+@pytest.mark.slow
+def test_minutes_end_with_a_pair_and_no_large_files(tmp_path):
+    """Both drafters with path heads in one loop, as on a GPU that is lent for so long."""
+    rows = [row for row in read_rows(TEXT / "text")[:400] if len(row.tokens) < 160][:60]
+    (tmp_path / "text").mkdir()
+    write_shard(tmp_path / "text" / "rows-00000.safetensors", rows)
+    sizes = dict(TRAIN_MINUTES=0.1, ROWS=2, ANCHORS=8, SAVE_EVERY=2, HELD_OUT=5, DRAFT_VOCAB=256, PARTS="text")
+    environment = {**os.environ, **{name: str(value) for name, value in sizes.items()}, "PYTHON": sys.executable}
+    environment["TEXT"] = str(tmp_path)
+    out = tmp_path / "out"
+    done = subprocess.run([SCRIPT, out], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((out / "both" / "log.jsonl").read_text().splitlines()[-1])["acceptance_length"] >= 1
+    assert set(json.loads((out / "calibration.json").read_text())) == {"first", "second"}
+    pair, last = (D2SDAssistant.from_pretrained(out / name) for name in ("pair", "both/last"))
+    assert all(a.equal(b) for a, b in zip(pair.state_dict().values(), last.state_dict().values()))
+    assert all(drafter.path_head is not None for drafter in pair.drafters) and pair.config.tree_budget == 16
+    large = {path.name for path in out.rglob("*") if path.stat().st_size >= 16 * 2**20 and "target" not in path.parts}
+    assert large == {"checkpoint.safetensors"}

@@ -30,6 +30,7 @@ CALLS = st.fixed_dictionaries(
         blocks=st.sampled_from([(2, 2), (4, 4), (4, 6), (3, 8), (7, 7)]),
         dtypes=st.sampled_from([("float32", "float32"), ("bfloat16", "float32"), ("float32", "bfloat16")]),
         pruned=st.booleans(),
+        heads=st.booleans(),
         accuracy=maybe(st.sampled_from([0.3, 0.6, 0.8, 0.9, 1.0])),
         confidence=maybe(st.sampled_from([0.05, 0.5, 0.99])),
         warm=maybe(st.integers(1, 25)),  # tokens of the prompt that a forward pass has put in a cache before
@@ -55,6 +56,7 @@ CALLS = st.fixed_dictionaries(
             optional=dict(
                 d2sd_num_branches=st.integers(0, 9),
                 d2sd_tree_budget=st.integers(1, 24),
+                d2sd_tree_width=st.integers(1, 5),
                 d2sd_block_size=st.integers(2, 8),
             ),
         ),
@@ -74,13 +76,16 @@ class StopAt(StoppingCriteria):
 
 
 @functools.cache
-def pair(blocks, dtypes, pruned) -> D2SDAssistant:
+def pair(blocks, dtypes, pruned, heads) -> D2SDAssistant:
     changes = dict(draft_vocab_size=9) if pruned else {}
+    changes |= dict(path_rank=4, path_candidates=5) if heads else {}
     sliding = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=6)
     first, second = (
         tiny_drafter(block_size, seed, **changes, **(sliding if seed else {})).to(getattr(torch, dtype))
         for seed, (block_size, dtype) in enumerate(zip(blocks, dtypes))
     )
+    for drafter in (first, second) if heads else ():
+        torch.nn.init.normal_(drafter.path_head.candidate.weight, std=0.6)
     return D2SDAssistant.from_drafters(first, second)
 
 
@@ -101,6 +106,8 @@ def call(case, assistant=None):
         options.pop("prefill_chunk_size", None)  # it changes nothing; stock 5.20 reads a warm prompt twice with it
     else:
         options |= dict(case.ours, assistant_model=assistant)
+        if options.get("d2sd_tree_width", 1) > 1:
+            options.setdefault("d2sd_tree_budget", 12)  # such a tree needs one
     try:
         return target.generate(input_ids, **options), None
     except Exception as error:
@@ -110,7 +117,7 @@ def call(case, assistant=None):
 def check(case):
     case = types.SimpleNamespace(**case)
     expected, error = call(case)
-    assistant = pair(case.blocks, case.dtypes, case.pruned)
+    assistant = pair(case.blocks, case.dtypes, case.pruned, case.heads)
     with pytest.MonkeyPatch.context() as patch:
         if case.accuracy is not None and error is None:
             sequence = expected if torch.is_tensor(expected) else expected.sequences
@@ -181,6 +188,6 @@ BROKEN = st.sampled_from(
 @given(CALLS, BROKEN)
 def test_an_option_out_of_range_is_named_in_the_error(case, broken):
     case = types.SimpleNamespace(**{**case, "ours": broken})
-    _, error = call(case, pair(case.blocks, case.dtypes, case.pruned))
+    _, error = call(case, pair(case.blocks, case.dtypes, case.pruned, case.heads))
     assert isinstance(error, ValueError)
     assert next(iter(broken)) in str(error)

@@ -53,7 +53,7 @@ def target():
 
 
 @functools.cache
-def assistant():
+def assistant(path_rank: int | None = None):
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
     drafters = []
     for seed, block_size in enumerate((4, 5)):
@@ -66,9 +66,13 @@ def assistant():
             mask_token_id=0,
             target_layer_ids=[0, 1],
             num_target_layers=2,
+            path_rank=path_rank,
+            path_candidates=4,
             **sizes,
         )
         drafters.append(D2SDDrafterModel(config).eval())
+        if path_rank is not None:
+            torch.nn.init.normal_(drafters[-1].path_head.candidate.weight, std=0.6)
     return D2SDAssistant.from_drafters(*drafters, num_branches=3)
 
 
@@ -125,9 +129,11 @@ class Replay:
     and the loop run every time. So 20,000 texts take seconds.
     """
 
-    def __init__(self, monkeypatch, processors):
+    def __init__(self, monkeypatch, processors, path_rank: int | None = None, **options):
         self.processors, self.known = LogitsProcessorList(processors), {}
-        self.options = DecodingOptions(num_branches=3, tree_budget=None, block_size=4, second_block_size=5)
+        self.assistant = assistant(path_rank)
+        shape = {"num_branches": 3, "tree_budget": None, "block_size": 4, "second_block_size": 5}
+        self.options = DecodingOptions(**{**shape, **options})
         self.device, self.positions, self.stats = torch.device("cpu"), [PROMPT.shape[1]], D2SDStats()
         monkeypatch.setattr(decoding, "grow", lambda state: self.look_up()[0])
         self.first_logits = self.real_target(PROMPT)[1][-1].logits
@@ -141,7 +147,7 @@ class Replay:
         if prefix not in self.known:
             sequence = torch.tensor([prefix])
             real, passes = self.real_target(sequence[:, :-1])
-            drafters = [Drafter(model, target()) for model in assistant().drafters]
+            drafters = [Drafter(model, target()) for model in self.assistant.drafters]
             for drafter in drafters:
                 drafter.extend(passes[0], real.positions)
             tree = grow(State(sequence[:, -1], drafters, self.options, [self.chooser.room]))
@@ -175,9 +181,9 @@ class Blind:
         pass
 
 
-def check_frequencies(monkeypatch, name, draws):
+def check_frequencies(monkeypatch, name, draws, **options):
     processors = LogitsProcessorList(SETTINGS[name][1]())
-    replay = Replay(monkeypatch, processors)
+    replay = Replay(monkeypatch, processors, **options)
     torch.manual_seed(0)
     drawn = [replay.text() for _ in range(draws)]
     assert worst_p_value(drawn, exact_distribution(processors)) > 1e-4
@@ -194,6 +200,11 @@ def test_texts_occur_as_often_as_the_target_says(monkeypatch, name):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_texts_occur_as_often_as_the_target_says_in_20000_draws(monkeypatch, name):
     check_frequencies(monkeypatch, name, 20_000)
+
+
+@pytest.mark.parametrize("options", [{}, {"tree_width": 3, "tree_budget": 9}], ids=["branches", "wide"])
+def test_texts_occur_as_often_with_path_heads(monkeypatch, options):
+    check_frequencies(monkeypatch, "temperature", 4000, path_rank=4, **options)
 
 
 @pytest.mark.slow
@@ -247,9 +258,8 @@ def test_the_replay_draws_what_generate_draws(monkeypatch):
     monkeypatch.undo()
     for seed in range(40):
         torch.manual_seed(seed)
-        out = target().generate(
-            PROMPT, do_sample=True, temperature=1.3, top_k=0, max_new_tokens=NEW, assistant_model=assistant()
-        )
+        settings = dict(do_sample=True, temperature=1.3, top_k=0, max_new_tokens=NEW)
+        out = target().generate(PROMPT, assistant_model=replay.assistant, **settings)
         assert tuple(out[0, PROMPT.shape[1] :].tolist()) == replayed[seed]
     assert len(set(replayed)) > 20
 

@@ -11,6 +11,7 @@ from hf_d2sd.training import loop
 from hf_d2sd.training import trainer as module
 from hf_d2sd.training.blocks import cut_blocks
 from hf_d2sd.training.drafters import Trainee
+from hf_d2sd.training.pair import JoinOptions, join
 from hf_d2sd.training.trainer import train
 
 HEAD = {"path_rank": 6, "path_dropout": 0.2}
@@ -68,6 +69,16 @@ def test_a_pair_is_trained_saved_and_decodes_the_targets_text(target, data, tmp_
     ids = torch.tensor([[1, 5, 6, 2]])
     plain = model.generate(ids, do_sample=False, max_new_tokens=16)
     assert model.generate(ids, assistant_model=pair, do_sample=False, max_new_tokens=16).tolist() == plain.tolist()
+
+
+def test_what_a_loop_trained_is_joined_with_a_pairs_own_defaults(target, data, tmp_path):  # noqa: F811
+    train(options(target, data, tmp_path / "run", role="both", max_steps=4, eval_every=4, **HEAD))
+    trained = str(tmp_path / "run" / "last")
+    join(JoinOptions(first=trained, second=trained, out=str(tmp_path / "pair"), num_branches=2, tree_budget=9))
+    pair, last = (D2SDAssistant.from_pretrained(folder) for folder in (tmp_path / "pair", trained))
+    assert (pair.config.num_branches, pair.config.tree_budget) == (2, 9)
+    for name, value in last.state_dict().items():
+        assert torch.equal(pair.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("settings", [{"role": "both", **HEAD}, {"train": "path_head", "path_rank": 6}])

@@ -89,14 +89,20 @@ def chain(state: State) -> CandidateTree:
 
 
 def wide(state: State) -> CandidateTree:
-    """The likeliest nodes by both drafters: the second re-drafts after the K likeliest paths of the first."""
-    options, drafts = state.options, state.draft(state.options.tree_width)
-    if options.redrafts:
-        longest = options.second_block_size - 2  # a position is left to draft
-        prefixes = likeliest_prefixes(state.anchors, drafts, options.num_branches, longest, options.tree_width)
-        drafts = drafts.followed_by(state.redraft(prefixes, options.tree_width))
+    """The likeliest nodes by both drafters."""
+    drafts, options = wide_drafts(state), state.options
     assert options.tree_budget is not None
     return state.tree(expand(drafts, options.tree_budget, options.tree_width), fixed_size=True)
+
+
+def wide_drafts(state: State) -> Draft:
+    """What a wide tree is chosen from: the second drafter re-drafts after the K likeliest paths of the first."""
+    options, drafts = state.options, state.draft(state.options.tree_width)
+    if not options.redrafts:
+        return drafts
+    longest = options.second_block_size - 2  # a position is left to draft
+    prefixes = likeliest_prefixes(state.anchors, drafts, options.num_branches, longest, options.tree_width)
+    return drafts.followed_by(state.redraft(prefixes, options.tree_width))
 
 
 def plain(state: State) -> CandidateTree:

@@ -5,15 +5,17 @@ both at hand, from one forward over the whole text, the engine's own loop runs w
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..candidates import Draft, expand
 from ..choosing import Choosers
 from ..compat import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from ..decoding import Accepted, Batch, decode
 from ..drafting import Drafter
+from ..growing import wide_drafts
 from ..modeling import D2SDAssistant
 from ..options import DecodingOptions
 from ..target import TargetPass
@@ -58,10 +60,16 @@ class KnownTarget:
 
     def verify(self, tree: CandidateTree) -> KnownPass:
         """Each node's choice: what follows in the text at its depth, which is right for all nodes that are walked."""
+        return KnownPass(self.following(tree.depths), (), texts=self.texts, at=self._places(tree.depths))
+
+    def following(self, depths: Tensor) -> Tensor:
+        """(B, N): the tokens that the texts go on with after those at these depths (B, N) behind the anchors."""
+        places = self._places(depths + 1)
+        return torch.stack([text.tokens[row] for text, row in zip(self.texts, places)])
+
+    def _places(self, depths: Tensor) -> Tensor:
         ends = torch.tensor([len(text.tokens) - 1 for text in self.texts])[:, None]
-        at = (torch.tensor(self.positions)[:, None] + tree.depths).minimum(ends)
-        following = [text.tokens[(row + 1).clamp(max=len(text.tokens) - 1)] for text, row in zip(self.texts, at)]
-        return KnownPass(torch.stack(following), (), texts=self.texts, at=at)
+        return (torch.tensor(self.positions)[:, None] + depths).minimum(ends)
 
     def commit(self, step: KnownPass, paths: Tensor, counts: list[int]) -> None:
         self.positions = [position + count for position, count in zip(self.positions, counts)]
@@ -115,6 +123,54 @@ def replay(
         target: whose embedding and LM head the drafters call.
         texts: greedy ones, of at most `max_new_tokens` new tokens.
     """
+    batch, counts = _batch(assistant, target, texts, options, max_new_tokens, eos_token_id), Counts()
+    decode(batch, [batch.target.prompts()], counts)
+    return counts
+
+
+@torch.inference_mode()
+def oracle(
+    assistant: D2SDAssistant,
+    target: nn.Module,
+    texts: Sequence[Text],
+    options: DecodingOptions,
+    max_new_tokens: int,
+    eos_token_id: list[int],
+) -> Counts:
+    """As `replay` with a wide tree that is always the text's own path, as far as the drafts' candidates have it.
+
+    No tree of any size that is chosen among these candidates gets further.
+    """
+    batch, counts = _batch(assistant, target, texts, options, max_new_tokens, eos_token_id), Counts()
+    step, anchors = batch.begin([batch.target.prompts()])
+    anchors = batch.leave(anchors)
+    while anchors:
+        state = batch.state(anchors)
+        drafts = wide_drafts(state)
+        truth = batch.target.following(torch.arange(drafts.depth).expand(len(anchors), -1))
+        tree = state.tree(expand(_only(truth, drafts), drafts.depth + 1), fixed_size=False)
+        step = batch.target.verify(tree)
+        accepted = batch.accept(tree, step)
+        batch.commit(step, accepted)
+        counts.see(batch, tree, step, accepted)
+        anchors = batch.leave(accepted.anchors(anchors))
+    return counts
+
+
+def _only(truth: Tensor, drafts: Draft) -> Draft:
+    """The drafts, sure of the tokens `truth` (B, D) and of no other."""
+    log_probs = torch.where(drafts.tokens == truth[:, None, :, None], 0.0, -torch.inf)
+    return replace(drafts, log_probs=log_probs, transitions=None)
+
+
+def _batch(
+    assistant: D2SDAssistant,
+    target: nn.Module,
+    texts: Sequence[Text],
+    options: DecodingOptions,
+    max_new_tokens: int,
+    eos_token_id: list[int],
+) -> Batch:
     width = max(text.prompt_length for text in texts)
     criteria = StoppingCriteriaList(
         [MaxLengthCriteria(width + max_new_tokens), EosTokenCriteria(torch.tensor(eos_token_id))]
@@ -122,6 +178,4 @@ def replay(
     prompts = torch.stack([left_padded(text.tokens[: text.prompt_length], width) for text in texts])
     choosers = KnownChoosers(prompts, [], criteria, do_sample=False)
     drafters = [Drafter(model, target) for model in assistant.drafters[: 2 if options.redrafts else 1]]
-    known, counts = KnownTarget(texts), Counts()
-    decode(Batch(known, drafters, choosers, options), [known.prompts()], counts)
-    return counts
+    return Batch(KnownTarget(texts), drafters, choosers, options)

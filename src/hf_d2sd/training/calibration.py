@@ -8,7 +8,7 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -31,19 +31,23 @@ logger = logging.get_logger(__name__)
 GRID = torch.logspace(math.log10(0.2), math.log10(5), 129)  # temperatures that are tried
 _BINS = 10
 _NEUTRAL = len(GRID) // 2  # the temperature 1
+_PREFIX_BASE = 0.9  # of a pair's second drafter: that of `hf-d2sd train`
 
 
 @dataclass
 class CalibrateOptions:
     """Fit a temperature for each slot of a drafter's block; save those that help on rows they were not fitted on."""
 
-    drafter: Path = field(metadata={"help": "folder of the drafter; its config.json is written anew"})
+    drafter: Path = field(metadata={"help": "folder of a drafter, or of a pair; its config.json is written anew"})
     target: str = field(metadata={"help": "folder or Hub id of the target"})
     data: list[Path] = field(metadata={"help": "folders of `hf-d2sd distill`, one or more"})
     held_out: int = field(default=50, metadata={"help": "as in training: one row in so many is held out"})
     anchors: int = field(default=64, metadata={"help": "blocks out of each row"})
     rows: int = field(default=8, metadata={"help": "rows in a forward"})
-    prefix_base: float = field(default=0.0, metadata={"help": "second drafter: v kept tokens with P(v) ∝ base^v"})
+    prefix_base: float | None = field(
+        default=None,
+        metadata={"help": "second drafter: v kept tokens with P(v) ∝ base^v; default: 0.9 in a pair, alone none"},
+    )
     dtype: str = field(default="bfloat16", metadata={"help": "of the target"})
     plot: Path | None = field(default=None, metadata={"help": "PNG file for the reliability diagram (matplotlib)"})
     seed: int = field(default=0, metadata={"help": "of the blocks, and of the rows' two halves"})
@@ -67,9 +71,7 @@ class CalibrateOptions:
         """Raises `ValueError` for folders without a drafter or rows."""
         refuse_missing_folder(self.target)
         if not (self.drafter / "config.json").is_file():
-            raise ValueError(f"{self.drafter} is no folder of a drafter, whose config.json is to be written anew.")
-        if is_pair(str(self.drafter)):
-            raise ValueError(f"{self.drafter} is a pair: calibrate its drafters, then join them by `hf-d2sd join`.")
+            raise ValueError(f"{self.drafter} is no folder of drafters, whose config.json is to be written anew.")
         refuse_missing_rows(self.data)
 
 
@@ -101,10 +103,11 @@ def calibrate(options: CalibrateOptions) -> dict:
 
     Returns:
         `temperatures` as stored, None for nothing, and the slots that `kept` theirs; reliability on the half that they
-        were not fitted on, `before` at temperature 1, `fitted` with all, and `after` with those kept.
+        were not fitted on, `before` at temperature 1, `fitted` with all, and `after` with those kept. Of a pair all of
+        this for `first` and `second`.
 
     Raises:
-        ValueError: if no row is held out, or the drafter does not fit the target.
+        ValueError: if no row is held out, or a drafter does not fit the target.
     """
     options.check_places()
     rows = [row for row in read_rows(*options.data) if row.is_held_out(options.held_out) and row.response_length >= 2]
@@ -112,12 +115,32 @@ def calibrate(options: CalibrateOptions) -> dict:
         folders = ", ".join(map(str, options.data))
         raise ValueError(f"{folders}: {len(rows)} held-out rows; two are needed. Lower --held_out.")
     target = AutoModelForCausalLM.from_pretrained(options.target, dtype=options.dtype).eval().requires_grad_(False)
-    model = D2SDDrafterModel.from_pretrained(options.drafter, dtype=torch.float32).requires_grad_(False)
-    bind(D2SDAssistant.from_drafters(model), target, AutoTokenizer.from_pretrained(options.target))
+    paired = is_pair(str(options.drafter))
+    model = (D2SDAssistant if paired else D2SDDrafterModel).from_pretrained(options.drafter, dtype=torch.float32)
+    pair = model if paired else D2SDAssistant.from_drafters(model)
+    bind(pair.requires_grad_(False), target, AutoTokenizer.from_pretrained(options.target))
     random.Random(options.seed).shuffle(rows)
+    if not paired:
+        return _calibrate(model, target, rows, options, model.config)
+    of_second = replace(options, prefix_base=_PREFIX_BASE if options.prefix_base is None else options.prefix_base)
+    each = {"first": replace(options, prefix_base=None), "second": of_second}
+    return {
+        role: _calibrate(drafter, target, rows, its if options.plot is None else _own_plot(its, role), pair.config)
+        for drafter, (role, its) in zip(pair.drafters, each.items())
+    }
+
+
+def _own_plot(options: CalibrateOptions, role: str) -> CalibrateOptions:
+    assert options.plot is not None
+    return replace(options, plot=options.plot.with_name(f"{options.plot.stem}-{role}{options.plot.suffix}"))
+
+
+def _calibrate(model: D2SDDrafterModel, target, rows: list[Row], options: CalibrateOptions, config) -> dict:
+    """One drafter, whose temperatures go into a `config`, its own or its pair's, in the options' folder."""
     to_fit, to_measure = (gather(model, target, half, options) for half in (rows[::2], rows[1::2]))
     result = choose(to_fit, to_measure, model.config.block_size)
-    _store(model, result["temperatures"], options.drafter)
+    if _note(model, result["temperatures"], options.drafter):
+        config.save_pretrained(options.drafter)
     if options.plot is not None:
         draw(result["before"], result["after"], options.plot)
     return {**result, "stored": result["temperatures"] is not None}
@@ -142,8 +165,8 @@ def choose(to_fit: Evidence, to_measure: Evidence, block_size: int) -> dict:
     }
 
 
-def _store(model: D2SDDrafterModel, temperatures: list[float] | None, folder: Path) -> None:
-    """Note the temperatures in the drafter's config; none, where there are none, in place of those of another run."""
+def _note(model: D2SDDrafterModel, temperatures: list[float] | None, folder: Path) -> bool:
+    """Put the temperatures, or none, in the place of those of another run; whether that changes the config."""
     if temperatures is None:
         removed = model.config.confidence_temperatures is not None
         logger.warning(
@@ -151,9 +174,9 @@ def _store(model: D2SDDrafterModel, temperatures: list[float] | None, folder: Pa
             + (f", and the temperatures that {folder} had are removed." if removed else ".")
         )
         if not removed:
-            return
+            return False
     model.config.confidence_temperatures = temperatures
-    model.config.save_pretrained(folder)
+    return True
 
 
 @torch.no_grad()
@@ -168,7 +191,7 @@ def _evidence(model, target, rows: list[Row], options: CalibrateOptions) -> Iter
     generator = torch.Generator().manual_seed(options.seed)
     for first, batch in tqdm(list(zip(itertools.count(0, options.rows), batched(rows, options.rows))), desc="rows"):
         anchors = draw_anchors(batch, options.anchors, generator)
-        prefix_lengths = draw_prefix_lengths(anchors.shape, config.block_size, options.prefix_base, generator)
+        prefix_lengths = draw_prefix_lengths(anchors.shape, config.block_size, options.prefix_base or 0.0, generator)
         features = compute_features(target, batch, config.target_layer_ids)
         blocks = cut_blocks(batch, features, anchors, prefix_lengths, config)
         labelled = blocks.labels != NO_LABEL

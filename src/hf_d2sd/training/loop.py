@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -206,7 +207,7 @@ class TrainingRun:
             self._log(**measured)
             if measured["acceptance_length"] > self.best:
                 self.best = measured["acceptance_length"]
-                _save_model(self.snapshot(), self.options.out / "best")
+                self._save_model("best")
         self.accelerator.wait_for_everyone()
         return measured
 
@@ -254,8 +255,14 @@ class TrainingRun:
                 {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
                 {"options": self._run_options()},
             )
-            _save_model(self.snapshot(), self.options.out / "last")
+            self._save_model("last")
         self.accelerator.wait_for_everyone()
+
+    def _save_model(self, name: str) -> None:
+        """In bf16, as a folder that is there whole or not at all."""
+        sizes = {} if self.options.max_shard_size is None else {"max_shard_size": self.options.max_shard_size}
+        model = self.snapshot().to(torch.bfloat16)
+        records.write_whole(self.options.out / name, functools.partial(model.save_pretrained, **sizes))
 
     def load(self) -> None:
         """Go on from the checkpoint, if there is one.
@@ -300,7 +307,7 @@ def checkpoint_of(options: TrainOptions) -> Path:
 def _settings(options: TrainOptions, processes: int) -> dict:
     """What must be the same for a run to go on, as far as the options tell."""
     free = {"stop_after", *"out data target first init".split()}
-    free |= set("trackers save_every eval_rows features loss_chunk compile".split())
+    free |= set("trackers save_every eval_rows features loss_chunk compile max_shard_size".split())
     return {name: value for name, value in asdict(options).items() if name not in free} | {"processes": processes}
 
 
@@ -318,8 +325,3 @@ def refuse_other_run(options: TrainOptions, processes: int) -> None:
 
 def _cut(row: Row, length: int) -> Row:
     return dataclasses.replace(row, tokens=row.tokens[:length])
-
-
-def _save_model(model: PreTrainedModel, folder: Path) -> None:
-    """In bf16, as a folder that is there whole or not at all."""
-    records.write_whole(folder, model.to(torch.bfloat16).save_pretrained)

@@ -100,6 +100,9 @@ class TrainOptions:
     eval_rows: int = field(default=16, metadata={"help": "held-out prompts to decode"})
     eval_tokens: int = field(default=64, metadata={"help": "new tokens of each"})
     save_every: int = field(default=100, metadata={"help": "updates"})
+    max_shard_size: str | None = field(
+        default=None, metadata={"help": "of the files of `last` and `best`, e.g. 12MB; default: one file"}
+    )
     log_every: int = field(default=20, metadata={"help": "updates"})
     stop_after: float | None = field(default=None, metadata={"help": "minutes; the same command then goes on"})
     trackers: list[str] = field(default_factory=list, metadata={"help": "of accelerate: tensorboard, trackio, wandb"})
