@@ -96,7 +96,7 @@ LATE = [
     ("train", "--mask_token nothing", "is no token of the target's tokenizer"),
     ("train", "--trackers tensorbord", "Unsupported logging capability: tensorbord"),
     ("train", "--dtype float99", "--dtype is 'float99'"),
-    ("calibrate", "--drafter {empty}", "is no folder of a drafter"),
+    ("calibrate", "--drafter {empty}", "is no folder of drafters"),
     ("calibrate", "--data {empty}", "has no rows"),
     ("calibrate", "--held_out 1", "held_out must be at least 2"),
     ("calibrate", "--held_out 100000", "held-out rows; two are needed"),
