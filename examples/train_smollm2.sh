@@ -91,8 +91,10 @@ for index, part in enumerate(batched(rows, 128)):
         write_shard(path, part)
 PYTHON
 }
+known="text passages more long code tasks"
+[ "${CPU:-0}" = 1 ] || known+=" chat documents second_turns" # whose features take more disk than most have
 if [ -n "${TEXT:-}" ]; then # text that was written before
-    for part in ${PARTS:-text passages more long code tasks}; do
+    for part in ${PARTS:-$known}; do
         [ -z "${PARTS:-}" ] && [ ! -d "$TEXT/$part" ] || take "$TEXT/$part" # asked for by name: it must be there
     done
 else
@@ -106,7 +108,7 @@ else
 fi
 
 data=()
-for part in text passages more long code tasks; do [ ! -d "$out/$part" ] || data+=("$out/$part"); done
+for part in $known; do [ ! -d "$out/$part" ] || data+=("$out/$part"); done
 
 # drafter ROLE [OPTION...]
 drafter() {
