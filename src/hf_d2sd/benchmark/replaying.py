@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..choosing import Choosers
 from ..compat import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from ..context import ContextSource
 from ..decoding import Accepted, Batch, decode
 from ..drafting import Drafter
 from ..modeling import D2SDAssistant
@@ -122,6 +123,9 @@ def replay(
     prompts = torch.stack([left_padded(text.tokens[: text.prompt_length], width) for text in texts])
     choosers = KnownChoosers(prompts, [], criteria, do_sample=False)
     drafters = [Drafter(model, target) for model in assistant.drafters[: 2 if options.redrafts else 1]]
+    context = None
+    if options.context_nodes:
+        context = ContextSource(text.tokens[: text.prompt_length].tolist() for text in texts)
     known, counts = KnownTarget(texts), Counts()
-    decode(Batch(known, drafters, choosers, options), [known.prompts()], counts)
+    decode(Batch(known, drafters, choosers, options, context=context), [known.prompts()], counts)
     return counts
