@@ -13,7 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from hf_d2sd import D2SDAssistant, SourceStreamer, bind
 from hf_d2sd.candidates import join
-from hf_d2sd.context import DEPTH, LENGTHS, ContextIndex, ContextSource, Continuations, HitRates
+from hf_d2sd.context import CELLS, DEPTH, LENGTHS, ContextIndex, ContextSource, Continuations, HitRates, cell_of
 from hf_d2sd.modeling import CACHE_NAME
 from hf_d2sd.tree import CONTEXT_RANK, Candidates, CandidateTree
 
@@ -107,12 +107,12 @@ def test_probabilities_fall_with_depth_and_those_of_siblings_share_one():
     several = 0
     for seed in range(30):
         found = ContextIndex(random_text(80, 3, seed)).continuations
-        scores = found.scores(rates)
+        chances = found.chances(rates)
         totals = {}
         for node, parent in enumerate(found.parents):
-            above = scores[parent] if parent >= 0 else 0.0
-            assert scores[node] <= above
-            totals.setdefault(parent, []).append(math.exp(scores[node] - above))
+            above = chances[parent] if parent >= 0 else 1.0
+            assert 0 < chances[node] <= above
+            totals.setdefault(parent, []).append(chances[node] / above)
         several += sum(len(shares) > 1 for shares in totals.values())
         assert max(sum(shares) for shares in totals.values()) <= 1 + 1e-9
     assert several > 100
@@ -121,13 +121,13 @@ def test_probabilities_fall_with_depth_and_those_of_siblings_share_one():
 def test_a_longer_match_is_worth_more_until_the_text_says_otherwise():
     rates = HitRates()
     short, long = ContextIndex([1, 2, 9, 8, 3, 1]), ContextIndex([*range(20), 99, *range(20)])
-    first = [found.continuations.scores(rates)[0] for found in (short, long)]
+    first = [found.continuations.chances(rates)[0] for found in (short, long)]
     assert first[0] < first[1]
     for _ in range(200):
         long.continuations.learn([55], rates)
         short.continuations.learn([2], rates)
-    first = [found.continuations.scores(rates)[0] for found in (short, long)]
-    assert first[0] > math.log(0.9) and first[1] < math.log(0.1)
+    first = [found.continuations.chances(rates)[0] for found in (short, long)]
+    assert first[0] > 0.9 and first[1] < 0.1
 
 
 def test_only_what_the_target_reached_is_counted():
@@ -137,12 +137,28 @@ def test_only_what_the_target_reached_is_counted():
     found.add(0, [4])
     rates = HitRates()
     counted = []
-    rates.count = lambda cell, is_right: counted.append((cell.level, cell.depth, cell.behind, is_right))
+    rates.count = lambda cell, is_right: counted.append((*CELLS[cell][:3], is_right))
     found.learn([1, 5, 7], rates)
     assert counted == [(2, 1, 0, True), (2, 2, 0, False), (1, 2, 1, True)]
     counted.clear()
     found.learn([9], rates)
     assert counted == [(2, 1, 0, False), (0, 1, 1, False)]
+
+
+def test_every_node_has_its_cell():
+    for level in range(len(LENGTHS)):
+        for depth, behind, support in ((1, 0, 1), (2, 1, 2), (3, 4, 3), (4, 0, 9), (5, 2, 1), (24, 0, 1)):
+            deep = {1: 1, 2: 2, 3: 3, 4: 3}.get(depth, 4)
+            assert CELLS[cell_of(level, depth, behind, support)] == (level, deep, min(behind, 1), min(support, 3))
+
+
+def test_hit_rates_are_means_of_what_was_seen_and_sixteen_nodes_of_the_prior():
+    rates = HitRates()
+    before = rates.means[7]
+    for is_right in (True, False, True, True):
+        rates.count(7, is_right)
+    assert rates.means[7] == pytest.approx((16 * before + 3) / 20)
+    assert rates.means[8] == HitRates().means[8]
 
 
 def test_the_best_nodes_of_a_row_are_a_tree():

@@ -7,6 +7,7 @@ pass checked it or not.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,33 +94,39 @@ class Cell(NamedTuple):
     behind: int  # siblings that stand before it, at most 1
     support: int  # matches that it follows, at most 3
 
-
-class HitRates:
-    """How often a node is right where its parent is and the siblings before it are not, as counted in this call."""
-
-    def __init__(self):
-        self._counts: dict[Cell, list[float]] = {}
-
-    def __getitem__(self, cell: Cell) -> float:
-        """The mean of a Beta distribution: what was seen, and before it what other texts have shown."""
-        hits, trials = self._counts.get(cell, (0.0, 0.0))
-        return (hits + PRIOR_TRIALS * prior(cell)) / (trials + PRIOR_TRIALS)
-
-    def count(self, cell: Cell, is_right: bool) -> None:
-        counts = self._counts.setdefault(cell, [0.0, 0.0])
-        counts[0] += is_right
-        counts[1] += 1
+    @property
+    def prior(self) -> float:
+        """What its hit rate is thought to be before anything was counted."""
+        matched = LENGTHS[self.level] + (0, 1, 2, 8)[self.depth - 1]
+        odds = 1.2 * math.log(matched) - 1.0 - 1.0 * self.behind + 0.3 * (self.support - 1)
+        return 1 / (1 + math.exp(-odds))
 
 
+CELLS = tuple(Cell(*values) for values in itertools.product(range(len(LENGTHS)), (1, 2, 3, 4), (0, 1), (1, 2, 3)))
+PRIORS = tuple(cell.prior for cell in CELLS)
 PRIOR_TRIALS = 16.0
 
 
-@functools.cache
-def prior(cell: Cell) -> float:
-    """What the hit rate of a cell is thought to be before anything was counted."""
-    matched = LENGTHS[cell.level] + (0, 0, 1, 3, 8)[cell.depth]
-    odds = 1.2 * math.log(matched) - 1.0 - 1.0 * cell.behind + 0.3 * (cell.support - 1)
-    return 1 / (1 + math.exp(-odds))
+def cell_of(level: int, depth: int, behind: int, support: int) -> int:
+    """Which of `CELLS` a node is in."""
+    depth = depth if depth < 3 else 3 + (depth > 4)
+    return ((4 * level + depth - 1) * 2 + (behind > 0)) * 3 + min(support, 3) - 1
+
+
+class HitRates:
+    """How often a node is right where its parent is and the siblings before it are not, as counted in this call.
+
+    By cell the mean of a Beta distribution: what was seen, and before it what other texts have shown.
+    """
+
+    def __init__(self):
+        self.means = list(PRIORS)
+        self._trials = [PRIOR_TRIALS] * len(CELLS)
+
+    def count(self, cell: int, is_right: bool) -> None:
+        """One more node of a cell that the target has spoken of."""
+        self._trials[cell] += 1
+        self.means[cell] += (is_right - self.means[cell]) / self._trials[cell]
 
 
 class Continuations:
@@ -152,28 +159,26 @@ class Continuations:
             self._levels.append(level)
             self._support.append(1)
 
-    def _cell(self, node: int, behind: int) -> Cell:
-        depth = self.depths[node]
-        return Cell(self._levels[node], min(depth, 3 + (depth > 4)), min(behind, 1), min(self._support[node], 3))
-
-    def scores(self, rates: HitRates) -> list[float]:
-        """Of each node, the log of the probability that it is reached."""
-        scores = [0.0] * (len(self) + 1)  # the anchor's last, where -1 finds it
+    def chances(self, rates: HitRates) -> list[float]:
+        """Of each node, the probability that it is reached."""
+        means, reached = rates.means, [1.0] * (len(self) + 1)  # the anchor's last, where -1 finds it
         left = [1.0] * (len(self) + 1)  # the probability that none of a node's children so far is right
         behind = [0] * (len(self) + 1)
         for node, parent in enumerate(self.parents):
-            right = left[parent] * rates[self._cell(node, behind[parent])]
-            scores[node] = scores[parent] + math.log(right)
+            cell = cell_of(self._levels[node], self.depths[node], behind[parent], self._support[node])
+            right = left[parent] * means[cell]
+            reached[node] = reached[parent] * right
             left[parent] -= right
             behind[parent] += 1
-        return scores[:-1]
+        return reached[:-1]
 
     def learn(self, tokens: Sequence[int], rates: HitRates) -> None:
         """Count what was right of it: the text goes on with `tokens`."""
         node = -1
         for token in tokens:
             for behind, (proposed, child) in enumerate(self._children.get(node, {}).items()):
-                rates.count(self._cell(child, behind), proposed == token)
+                cell = cell_of(self._levels[child], self.depths[child], behind, self._support[child])
+                rates.count(cell, proposed == token)
                 if proposed == token:
                     node = child
                     break
@@ -219,15 +224,15 @@ class ContextSource:
     def best(self, row: int, count: int) -> Proposal:
         """A row's `count` likeliest nodes; fewer where there are fewer."""
         found = self.rows[row].continuations
-        scores = found.scores(self.rates)
-        # Among equal scores parents come before children, so that the best nodes are a tree.
-        kept = sorted(sorted(range(len(found)), key=lambda node: -scores[node])[:count])
+        chances = found.chances(self.rates)
+        # The sort is stable: among equals parents come before children, so that the best nodes are a tree.
+        kept = sorted(sorted(range(len(found)), key=chances.__getitem__, reverse=True)[:count])
         place = {-1: -1, **{node: at for at, node in enumerate(kept)}}
         return Proposal(
             [found.tokens[node] for node in kept],
             [place[found.parents[node]] for node in kept],
             [found.depths[node] for node in kept],
-            [scores[node] for node in kept],
+            [math.log(chances[node]) for node in kept],
         )
 
     def propose(self, count: int, device: torch.device) -> Candidates | None:
