@@ -196,7 +196,9 @@ class TestRuns:
         )
         with pytest.raises(ValueError, match="assisted needs a draft LM"):
             bench(settings)
-        settings.strategies = [name for name in FAST if name not in ("assisted", "d2sd", "d2sd-3", "d2sd-wide", "d2sd-context")]
+        settings.strategies = [
+            name for name in FAST if name not in ("assisted", "d2sd", "d2sd-3", "d2sd-wide", "d2sd-context")
+        ]
         assert set(bench(settings)["speed-ups"]) == set(settings.strategies) - {"ar"}
 
     def test_where_texts_part_the_targets_preference_is_told(self, models, prompts, tmp_path, monkeypatch):

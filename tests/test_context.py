@@ -9,12 +9,16 @@ from recurrent import FAMILIES as RECURRENT
 from recurrent import recurrent_target
 from test_generate import tokenizer as tokenizer  # noqa: F401, a fixture
 from tiny import FAMILIES, VOCAB, image_inputs, prompt, tiny_assistant, tiny_target
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from hf_d2sd import D2SDAssistant, SourceStreamer, bind
+from hf_d2sd.benchmark.replaying import Text, replay
 from hf_d2sd.candidates import join
 from hf_d2sd.context import CELLS, DEPTH, LENGTHS, ContextIndex, ContextSource, Continuations, HitRates, cell_of
 from hf_d2sd.modeling import CACHE_NAME
+from hf_d2sd.options import settle
+from hf_d2sd.training.features import compute_features
+from hf_d2sd.training.shards import Row
 from hf_d2sd.tree import CONTEXT_RANK, Candidates, CandidateTree
 
 POLICIES = {
@@ -415,19 +419,17 @@ def test_embeddings_as_a_prompt_leave_the_generated_text_as_the_source():
 
 
 def test_a_text_that_repeats_itself_yields_more_tokens_a_pass():
-    """The tiny target copies: what it would write is put into the prompt, twice."""
-    pair = tiny_assistant(4, 6)
+    """A target that writes a passage over and over, once it has read it one and a half times."""
+    target, pair = tiny_target("llama"), tiny_assistant(4, 6)
+    row = Row(prompt(12)[0].repeat(5), 18)
+    text = Text(row.tokens, row.prompt_length, lambda layers: compute_features(target, [row], layers)[0])
     lengths = {}
-    for nodes in (0, 12):
-        counts = []
-        for seed in range(4):
-            passage = prompt(12, seed)
-            written = run("llama", None, passage, max_new_tokens=30)
-            looping = torch.cat([written] * 2 + [passage], dim=1)
-            run("llama", pair, looping, **{**POLICIES["wide"], "d2sd_context": nodes})
-            counts.append(pair.last_stats.mean_acceptance_length)
-        lengths[nodes] = sum(counts) / len(counts)
-    assert lengths[12] > 1.2 * lengths[0]
+    for nodes in (0, 11):
+        options = settle(pair, GenerationConfig(**{**POLICIES["wide"], "d2sd_context": nodes}))
+        counts = replay(pair, target, [text], options, 42, [VOCAB - 1])
+        assert counts.tokens == 41
+        lengths[nodes] = counts.tokens / counts.passes
+    assert lengths[0] < 2 and lengths[11] > 6
 
 
 def test_the_published_tree_stays_what_the_paper_says_unless_asked():
