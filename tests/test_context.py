@@ -9,7 +9,7 @@ from recurrent import FAMILIES as RECURRENT
 from recurrent import recurrent_target
 from test_generate import tokenizer as tokenizer  # noqa: F401, a fixture
 from tiny import FAMILIES, VOCAB, image_inputs, prompt, tiny_assistant, tiny_target
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, pipeline
 
 from hf_d2sd import D2SDAssistant, SourceStreamer, bind
 from hf_d2sd.benchmark.replaying import Text, replay
@@ -494,3 +494,10 @@ class TestWithoutDrafters:
             for a, b in zip(getattr(one, name), getattr(other, name), strict=True):
                 for x, y in zip(*((a, b) if name == "hidden_states" else ((a,), (b,))), strict=True):
                     torch.testing.assert_close(x, y, atol=5e-3, rtol=5e-3)
+
+    def test_a_pipeline_takes_it_with_each_call(self, tokenizer):  # noqa: F811
+        pipe = pipeline("text-generation", model=tiny_target("llama"), tokenizer=tokenizer)
+        options = dict(do_sample=False, max_new_tokens=NEW, pad_token_id=0)
+        assistant, plain = D2SDAssistant.from_context(), pipe("abcdefabcd", **options)
+        assert pipe("abcdefabcd", assistant_model=assistant, **options) == plain
+        assert assistant.last_stats.new_tokens == NEW
