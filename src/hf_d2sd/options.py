@@ -167,7 +167,7 @@ class DecodingOptions:
 
     @property
     def depth(self) -> int:
-        """The deepest a tree can be: tokens that a cycle can add to a row, the anchor aside."""
+        """The deepest that drafts make a tree; what the text so far proposes may be deeper."""
         return (self.second_block_size if self.redrafts else self.block_size) - 1
 
     @property
