@@ -51,6 +51,8 @@ ROWS = {
     "wide tree, first drafter alone": "ddtree",
     "wide tree, first drafter reused": "reuse:width={width},budget={nodes}",
     "wide tree, D²SD": "d2sd-wide",
+    "the text so far alone": "context",
+    "wide tree, D²SD and the text so far": "d2sd-context",
 }
 SIZED = [row for row in ROWS if row.startswith("wide")]
 

@@ -28,9 +28,9 @@ PROMPT = "Explain step by step how to make a good cup of tea, and say why each s
 RUNS = 3
 
 # How each source is shown: by colour, or by brackets where there is none.
-STYLES = {"first": "green", "second": "magenta", "target": "default"}
-BRACKETS = {"first": ("[", "]"), "second": ("{", "}"), "target": ("", "")}
-LABELS = {"first": "first drafter", "second": "second drafter", "target": "target"}
+STYLES = {"first": "green", "second": "magenta", "context": "cyan", "target": "default"}
+BRACKETS = {"first": ("[", "]"), "second": ("{", "}"), "context": ("<", ">"), "target": ("", "")}
+LABELS = {"first": "first drafter", "second": "second drafter", "context": "the text so far", "target": "target"}
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,7 +13,7 @@ from hf_d2sd import D2SDAssistant
 from hf_d2sd.streaming import SourceStreamer
 
 PAIR = Path(__file__).resolve().parents[1] / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
-COLOURS = {"first": "\033[32m", "second": "\033[35m", "target": "\033[0m"}
+COLOURS = {"first": "\033[32m", "second": "\033[35m", "context": "\033[36m", "target": "\033[0m"}
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--target", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="folder or Hub id")
@@ -34,5 +34,8 @@ Thread(target=target.generate, kwargs=dict(**inputs, **options), daemon=True).st
 for text, source in streamer:
     print(f"{COLOURS[source]}{text}", end="", flush=True)
 stats = assistant.last_stats
-print("\033[0m\n\nfirst drafter green, second purple, the target itself plain:", stats.tokens_by_source)
+print(
+    "\033[0m\n\nfirst drafter green, second purple, the text so far cyan, the target itself plain:",
+    stats.tokens_by_source,
+)
 print(f"{stats.new_tokens} tokens came in {stats.cycles + 1} bursts; plain decoding gives one at a time")

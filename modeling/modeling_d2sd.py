@@ -587,6 +587,21 @@ class D2SDAssistant(D2SDPreTrainedModel):
         return assistant.eval()
 
     @classmethod
+    def from_context(cls, *, tree_budget: int = 16) -> "D2SDAssistant":
+        """Without drafters, for any target: what the text so far had after its last tokens is all that is proposed.
+
+        Args:
+            tree_budget: the most nodes that one pass of the target checks, the anchor included.
+
+        Raises:
+            ValueError: for a budget below 1.
+        """
+        with torch.device("meta"):
+            assistant = cls(D2SDConfig(num_branches=0, tree_budget=tree_budget))
+        assistant.first = assistant.second = None
+        return assistant.eval()
+
+    @classmethod
     def tensor_shapes(cls, config: D2SDConfig) -> dict[str, tuple[int, ...]]:
         shapes = drafter_shapes(config.first, "first.")
         return shapes if config.second is None else shapes | drafter_shapes(config.second, "second.")
@@ -616,6 +631,10 @@ class D2SDAssistant(D2SDPreTrainedModel):
         self, save_directory: str | os.PathLike, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
     ) -> None:
         """As `PreTrainedModel.save_pretrained`, and `custom_generate/`, by which a target decodes with this pair."""
+        if self.first is None:
+            raise ValueError(
+                "An assistant without drafters has nothing to save: D2SDAssistant.from_context() makes one anywhere."
+            )
         of_upload = "commit_message commit_description private create_pr revision tags".split()
         upload = {name: kwargs.pop(name) for name in of_upload if name in kwargs}
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))

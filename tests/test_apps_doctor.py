@@ -426,3 +426,8 @@ def test_the_shipped_pair_is_right(healthy, tmp_path, dtype, capsys):
     assert {line["level"] for line in lines if line["check"] != "texts"} == {"fine"}
     compared = [line["words"] for line in lines if line["check"] == "texts"]
     assert len(compared) == (1 if dtype == "float32" else 2) and "float32" in compared[-1]
+
+
+def test_without_drafters_there_is_nothing_to_check():
+    with pytest.raises(ValueError, match="--drafters context names no drafters"):
+        options("target", "context")

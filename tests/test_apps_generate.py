@@ -55,6 +55,7 @@ def test_the_report_is_the_plain_reply_with_the_source_of_each_piece(folders, pl
     assert report["text"] == "".join(text for text, _ in report["pieces"]) == report["plain"]["text"] == text
     assert report["plain"]["same_text"] is True
     counts = report["tokens_by_source"]
+    assert counts.pop("context") == 0, "trees of width 1 are D²SD as published"
     assert all(counts.values()) and sum(counts.values()) == report["new_tokens"]
     assert report["mean_acceptance_length"] > 1.2
     json.dumps(report)
@@ -73,6 +74,29 @@ def test_options_reach_the_decoding(folders):
     report = generate(options(folders, num_branches=0, attention_backend="eager"))
     assert report["tokens_by_source"]["second"] == 0
     assert report["attention_backend"].startswith("eager")
+
+
+def test_without_drafters_the_text_so_far_is_the_source(folders):
+    report = generate(options(folders, drafters=["context"], compare=True, prompt="a b c a b c a b c"))
+    assert report["text"] == report["plain"]["text"] and report["plain"]["same_text"]
+    counts = report["tokens_by_source"]
+    assert counts["context"] > 0 and counts["first"] == counts["second"] == 0
+    with pytest.raises(ValueError, match="without drafters has no branches"):
+        generate(options(folders, drafters=["context"], num_branches=2))
+
+
+def test_everything_that_shows_sources_knows_all_of_them():
+    from hf_d2sd import D2SDStats
+    from hf_d2sd.apps import drawing, page
+
+    sources = set(D2SDStats().tokens_by_source)
+    assert sources == {"first", "second", "context", "target"}
+    shown = display.STYLES, display.BRACKETS, display.LABELS, page._LABELS, page._BADGES, drawing.COLOURS
+    assert [set(each) for each in shown] == [sources] * len(shown)
+    style = page._asset("explain.css")
+    for source in sources:
+        assert f".{source} {{ --by: var(--{source})" in style and style.count(f"--{source}-wash: #") == 2
+    assert len(set(drawing.COLOURS.values())) == len(set(display.STYLES.values())) == len(sources)
 
 
 def test_raw_prompts_have_no_template(folders):

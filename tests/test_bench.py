@@ -196,7 +196,9 @@ class TestRuns:
         )
         with pytest.raises(ValueError, match="assisted needs a draft LM"):
             bench(settings)
-        settings.strategies = [name for name in FAST if name not in ("assisted", "d2sd", "d2sd-3", "d2sd-wide")]
+        settings.strategies = [
+            name for name in FAST if name not in ("assisted", "d2sd", "d2sd-3", "d2sd-wide", "d2sd-context")
+        ]
         assert set(bench(settings)["speed-ups"]) == set(settings.strategies) - {"ar"}
 
     def test_where_texts_part_the_targets_preference_is_told(self, models, prompts, tmp_path, monkeypatch):
@@ -481,6 +483,7 @@ class TestBadInput:
             (dict(strategies=["assisted:K=3"]), "takes no options"),
             (dict(sweep=["K=1,two"]), "KEY=NUMBER,NUMBER"),
             (dict(drafters=[]), "needs a drafter: pass --drafters"),
+            (dict(drafters=["context"]), "a strategy, which needs no drafters"),
             (dict(drafters=[], strategies=["d2sd"]), "needs both drafters"),
             (dict(drafters=["a", "b", "c"]), "got 3"),
             (dict(draft_lm=None), "assisted needs a draft LM"),

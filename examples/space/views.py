@@ -11,7 +11,12 @@ from hf_d2sd.streaming import Piece
 
 PLAIN, FIRST, PAPER, WIDE = "plain", "first drafter alone", "D²SD as published", "D²SD, wide trees"
 STRATEGIES = (WIDE, PAPER, FIRST, PLAIN)
-NAMES = {"first": "first drafter", "second": "second drafter", "target": "the model itself"}
+NAMES = {
+    "first": "first drafter",
+    "second": "second drafter",
+    "context": "the text so far",
+    "target": "the model itself",
+}
 
 
 @dataclass(frozen=True)

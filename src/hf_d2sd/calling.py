@@ -11,13 +11,14 @@ from .cache import TreeCache, check_supported, is_recurrent, save_contexts, save
 from .captured import shapes_of
 from .choosing import Choosers, Record
 from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, own_cache_class, pad_token
+from .context import ContextSource
 from .decoding import Batch, decode
 from .drafting import DraftContext, Drafter
 from .modeling import D2SDAssistant
 from .observing import Observer
 from .options import DecodingOptions, settle
 from .probing import attention_for
-from .prompts import Prompt, join_records, join_sequences, read_prompt
+from .prompts import Prompt, join_records, join_sequences, read_prompt, texts_of
 from .stats import D2SDStats
 from .target import Target
 
@@ -50,7 +51,7 @@ def assisted_decode(
     returns_cache = _is_cache_seen(prompt, generation_config, user_cache)
     sampling = logits_processor, stopping_criteria, bool(generation_config.do_sample)
     choosers = Choosers(input_ids, *sampling, lambda: _empty_record(generation_config))
-    models = assistant.drafters if options.redrafts else [assistant.first]
+    models = assistant.drafters if options.redrafts else assistant.drafters[:1]
     worker = _open_target(target, models, prompt, generation_config, user_cache, returns_cache)
     drafters = _open_drafters(assistant, models, worker, user_cache, options)
     assistant.last_stats = stats = D2SDStats(
@@ -63,7 +64,8 @@ def assisted_decode(
         _check_recurrent(shapes is not contextlib.nullcontext, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
-    decode(Batch(worker, drafters, choosers, options), passes, observer, shapes)
+    context = ContextSource(texts_of(input_ids, prompt.mask)) if options.context_nodes else None
+    decode(Batch(worker, drafters, choosers, options, context=context), passes, observer, shapes)
     observer.end()
     choosers.cut()
     output = _join_output(worker if returns_cache else None, prompt, choosers, generation_config, user_cache)

@@ -272,10 +272,10 @@ def forward(run: Callable, inputs: dict, capture: list[int] | bool) -> tuple[Ten
     """The model's logits (B, T, V), and hidden states with entry i + 1 for the output of layer i.
 
     Args:
-        capture: which layers' outputs to hand out, see `captured_layers`; True: all.
+        capture: which layers' outputs to hand out, see `captured_layers`; True: all. Without any there are no entries.
     """
     output = run(**inputs, output_hidden_states=capture, return_dict=True)
-    return output.logits, _embeddings_first(output.hidden_states, capture is not True)
+    return output.logits, _embeddings_first(output.hidden_states, capture is not True) if capture else ()
 
 
 def read_text(target, tokens: Tensor, layer_ids: Iterable[int]) -> tuple[Tensor, tuple[Tensor | None, ...]]:

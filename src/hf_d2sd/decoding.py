@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import acceptance
 from .choosing import Chooser, Choosers
+from .context import ContextSource
 from .drafting import Drafter
 from .growing import State, grow
 from .options import DecodingOptions
@@ -72,6 +73,7 @@ class Batch:
     drafters: list[Drafter]  # first and second; the first alone for no branches
     choosers: Choosers
     options: DecodingOptions
+    context: ContextSource | None = field(default=None, kw_only=True)  # the rows' texts so far
 
     def begin(self, prompt_passes: Iterable[TargetPass]) -> tuple[TargetPass, list[int]]:
         """Run the prompts, show them to the drafters, and let the target choose each row's first token."""
@@ -84,6 +86,8 @@ class Batch:
             chooser.know(row)
         anchors = [chooser.choose(0) for chooser in self.choosers.active]
         self._let_draft(anchors)
+        if self.context is not None:
+            self.context.extend([[anchor] for anchor in anchors])
         return step, anchors
 
     def _let_draft(self, tokens: list[int]) -> None:
@@ -97,7 +101,7 @@ class Batch:
 
     def _state(self, anchors: list[int], fixed_shapes: bool = False) -> State:
         on_device = torch.tensor(anchors, device=self.target.device)
-        return State(on_device, self.drafters, self.options, self.choosers.rooms, fixed_shapes)
+        return State(on_device, self.drafters, self.options, self.choosers.rooms, fixed_shapes, self.context)
 
     def accept(self, tree: CandidateTree, step: TargetPass) -> Accepted:
         """Let the target choose at the nodes that its choices lead to, by the acceptance policy of the options."""
@@ -127,12 +131,14 @@ class Batch:
         return max(map(len, paths))
 
     def commit(self, step: TargetPass, accepted: Accepted) -> None:
-        """Keep the accepted nodes in the target's cache, and show their features to the drafters."""
+        """Keep the accepted nodes in the target's cache, show drafters their features, and let the text go on."""
         counts = [len(path) for path in accepted.paths]
         self.target.commit(step, accepted.nodes, counts)
         for drafter in self.drafters:
             drafter.extend(step, self.target.positions, accepted.nodes, counts)
         self._let_draft([token for row in accepted.emitted for token in row])
+        if self.context is not None:
+            self.context.extend(accepted.emitted)
 
     def leave(self, anchors: list[int]) -> list[int]:
         """Let finished rows leave the batch; returns the anchors of those that stay."""
@@ -142,4 +148,6 @@ class Batch:
             self.target.select(staying)
             for drafter in self.drafters:
                 drafter.select(staying)
+            if self.context is not None:
+                self.context.select(staying)
         return [anchors[at] for at in staying]

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .candidates import Draft, expand, likeliest_prefixes, merge
+from .candidates import Draft, expand, join, likeliest_prefixes, merge
+from .context import ContextSource
 from .drafting import Drafter
 from .prefixes import select_deeper_prefixes, select_prefix_lengths
 from .tree import Candidates, CandidateTree
@@ -25,6 +26,7 @@ class State:
     options: "DecodingOptions"
     rooms: list[int] | None = None  # by row, how many tokens may still be emitted; `None`: no limit
     fixed_shapes: bool = False  # whether all cycles must have tensors of the same shapes
+    context: ContextSource | None = None  # the rows' texts so far, as a source of candidates
 
     @property
     def has_room(self) -> bool:
@@ -43,6 +45,16 @@ class State:
         """The second drafter's blocks after these prefixes."""
         return self.drafters[1].redraft(self.anchors, prefixes, self.options.second_block_size, width)
 
+    def propose(self) -> Candidates | None:
+        """What the text so far would go on with; `None` where it says nothing."""
+        nodes = self.options.context_nodes
+        return self.context.propose(nodes, self.anchors.device) if self.context is not None and nodes else None
+
+    def grown(self, drafted: Candidates, fixed_size: bool = False) -> CandidateTree:
+        """The best nodes by the drafts and the text so far."""
+        proposed = self.propose()
+        return self.tree(drafted if proposed is None else join(drafted, proposed), fixed_size)
+
     def tree(self, candidates: Candidates, fixed_size: bool = False) -> CandidateTree:
         """The best nodes: no more than the budget, none deeper than what may be emitted for it."""
         max_depth = None if self.rooms is None else torch.tensor(self.rooms, device=self.anchors.device) - 1
@@ -60,7 +72,7 @@ def paper(state: State) -> CandidateTree:
     draft = state.draft()  # 1 draft
     prefixes = state.select(draft, state.options.second_block_size)  # 2 select
     branches = state.redraft(prefixes)  # 3 redraft
-    return state.tree(merge(draft, branches))  # 4 tree
+    return state.grown(merge(draft, branches))  # 4 tree
 
 
 def levels(state: State) -> CandidateTree:
@@ -73,26 +85,32 @@ def levels(state: State) -> CandidateTree:
         owner, lengths = select_deeper_prefixes(latest.best, latest.best_confidence, latest.kept, count, size)
         latest = state.redraft(latest.cut(lengths, owner))
         branches = branches.followed_by(latest)
-    return state.tree(merge(draft, branches))
+    return state.grown(merge(draft, branches))
 
 
 def samples(state: State) -> CandidateTree:
     """The paper's ablation: branches are draws from the first draft's own distributions, without a second drafter."""
     draft = state.draft()
     prefixes = state.select(draft, state.options.block_size)
-    return state.tree(merge(draft, state.drafters[0].sample(draft, prefixes)))
+    return state.grown(merge(draft, state.drafters[0].sample(draft, prefixes)))
 
 
 def chain(state: State) -> CandidateTree:
     """The first draft alone, as DFlash (arXiv 2602.06036) decodes."""
-    return state.tree(merge(state.draft()))
+    return state.grown(merge(state.draft()))
 
 
 def wide(state: State) -> CandidateTree:
     """The likeliest nodes by both drafters."""
     drafts, options = wide_drafts(state), state.options
     assert options.tree_budget is not None
-    return state.tree(expand(drafts, options.tree_budget, options.tree_width), fixed_size=True)
+    return state.grown(expand(drafts, options.tree_budget, options.tree_width), fixed_size=True)
+
+
+def context(state: State) -> CandidateTree:
+    """What the text so far says alone: no drafter runs."""
+    proposed = state.propose()
+    return plain(state) if proposed is None else state.tree(proposed)
 
 
 def wide_drafts(state: State) -> Draft:
@@ -126,6 +144,8 @@ def policy_of(options: "DecodingOptions") -> Callable[[State], CandidateTree]:
     """The policy that a call's options name."""
     if options.tree_budget == 1:
         return plain
+    if not options.drafts:
+        return context
     if options.tree_width > 1:
         return wide
     if options.num_branches == 0:

@@ -68,6 +68,7 @@ class DecodingOptions:
         key="block",
     )
     second_block_size: int = 0  # γ₂, at least γ
+    drafts: bool = True  # whether there is a drafter; without one the text so far is the only source
     levels: int = option(
         "drafts one after the other: from 3 on the second drafter goes on after its own re-drafts (the paper's third "
         "level). Width 1 and K > 0 only",
@@ -87,6 +88,14 @@ class DecodingOptions:
         '"samples": branches are draws from the first draft, without a second drafter; an ablation',
         default="second",
         choices=BRANCH_SOURCES,
+    )
+    context: int | None = option(
+        "the most nodes that the text so far may propose: continuations of earlier occurrences of its last tokens, "
+        "beside those of the drafters and under the same budget. 0: none. Not with d2sd_compile",
+        default=None,
+        least=0,
+        in_words=("int ≥ 0", "as many as a tree has room for, in wide trees and without drafters; else 0"),
+        key="context",
     )
     acceptance: str = option(
         'how tokens are accepted: "walk" follows the target\'s own choices, so that its text is never changed',
@@ -110,6 +119,7 @@ class DecodingOptions:
         for declared in option_fields():
             _check(declared, getattr(self, declared.name))
         self._check_width()
+        self._check_context()
         if self.levels > 2 and (self.tree_width > 1 or not self.redrafts):
             raise ValueError(
                 f"d2sd_levels is {self.levels}: a level more is for re-drafts of the second drafter in trees of width "
@@ -129,6 +139,27 @@ class DecodingOptions:
                 "the likeliest tokens has no use for samples. Set d2sd_tree_width to 1."
             )
 
+    def _check_context(self) -> None:
+        if self.compile and (self.context or not self.drafts):
+            raise ValueError(
+                "d2sd_compile asks for cycles of fixed shapes, and what the text so far proposes is made on the host, "
+                f"of any shape; here d2sd_context is {self.context}"
+                f"{'' if self.drafts else ' and there is no drafter'}. Leave one of them out."
+            )
+        if not self.drafts and (self.num_branches or self.tree_budget is None):
+            raise ValueError(
+                f"An assistant without drafters has no branches and needs a budget; d2sd_num_branches is "
+                f"{self.num_branches} and d2sd_tree_budget is {self.tree_budget}. Leave them out."
+            )
+
+    @property
+    def context_nodes(self) -> int:
+        """The most nodes that the text so far may propose."""
+        if self.compile or self.context is None and self.drafts and self.tree_width == 1:
+            return 0
+        most = [limit for limit in (self.context, self.tree_budget and self.tree_budget - 1) if limit is not None]
+        return min(most)
+
     @property
     def redrafts(self) -> bool:
         """Whether the second drafter has work."""
@@ -136,7 +167,7 @@ class DecodingOptions:
 
     @property
     def depth(self) -> int:
-        """The deepest a tree can be: tokens that a cycle can add to a row, the anchor aside."""
+        """The deepest that drafts make a tree; what the text so far proposes may be deeper."""
         return (self.second_block_size if self.redrafts else self.block_size) - 1
 
     @property
@@ -231,6 +262,7 @@ def settle(assistant: D2SDAssistant, generation_config: GenerationConfig) -> Dec
         ValueError: for values out of range, or branches without a second drafter.
     """
     config, chosen = assistant.config, {}
+    drafts = assistant.first is not None
     for declared in option_fields():
         value = getattr(generation_config, PREFIX + declared.name, None)
         if value is None and declared.metadata["of_pair"] is not None:
@@ -241,7 +273,8 @@ def settle(assistant: D2SDAssistant, generation_config: GenerationConfig) -> Dec
     first, second = config.first.block_size, config.second.block_size if config.second is not None else None
     block_size = first if chosen["block_size"] is None else chosen["block_size"]
     second_size = (second or first) - (first - block_size) if isinstance(block_size, int) else 0
-    options = DecodingOptions(**{**chosen, "block_size": block_size, "second_block_size": second_size})
+    sizes = {"block_size": block_size, "second_block_size": second_size, "drafts": drafts}
+    options = DecodingOptions(**{**chosen, **sizes})
     if options.block_size > first:
         raise ValueError(f"d2sd_block_size is {options.block_size}; the first drafter was made for at most {first}.")
     if options.redrafts and assistant.second is None:

@@ -1,4 +1,4 @@
-"""Drafters as commands name them: a pair, a first drafter, or a first and a second one; folders or Hub ids."""
+"""Drafters as commands name them: a pair, a first one, or a first and a second one, folders or Hub ids; or none."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from .modeling import D2SDAssistant, D2SDConfig, D2SDDrafterConfig, D2SDDrafterModel
+
+CONTEXT = ["context"]  # in the drafters' place: none, the text so far is the only source
 
 
 def refuse_missing_folder(name: str) -> None:
@@ -17,6 +19,8 @@ def refuse_missing_folder(name: str) -> None:
 
 def read_pair_config(drafters: Sequence[str]) -> D2SDConfig:
     """Of a pair, or of drafters that `load_assistant` would join."""
+    if list(drafters) == CONTEXT:
+        return D2SDAssistant.from_context().config
     if is_pair(drafters[0]):
         if len(drafters) == 2:
             raise ValueError(
@@ -34,7 +38,9 @@ def is_pair(name: str) -> bool:
 
 
 def load_assistant(drafters: Sequence[str], dtype: torch.dtype) -> D2SDAssistant:
-    """A pair, or one or two drafters joined to an assistant."""
+    """A pair, one or two drafters joined to an assistant, or an assistant without any."""
+    if list(drafters) == CONTEXT:
+        return D2SDAssistant.from_context()
     if is_pair(drafters[0]):
         return D2SDAssistant.from_pretrained(drafters[0], dtype=dtype).eval()
     return D2SDAssistant.from_drafters(*drafters, dtype=dtype)

@@ -89,6 +89,18 @@ def read_prompt(input_ids: Tensor, cache, generation_config, model_kwargs: dict,
     return Prompt(input_ids, {**model_kwargs, **shifted}, width, counts, mask, past, columns)
 
 
+def texts_of(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """By row, its own tokens among all that were passed.
+
+    Args:
+        input_ids: (B, L); mask: (B, at least L) bool, of whose last columns these are; `None`: no padding.
+    """
+    if mask is None:
+        return input_ids.tolist()
+    own = mask[:, mask.shape[1] - input_ids.shape[1] :].to(input_ids.device)
+    return [row[seen].tolist() for row, seen in zip(input_ids, own)]
+
+
 def _shift(value: Tensor | None, order: Tensor, columns: int) -> Tensor | None:
     """Of a tensor along the tokens, (B or 1, >= columns, ...), the last `columns` in another order (B, width)."""
     if value is None:

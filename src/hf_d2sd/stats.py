@@ -4,9 +4,9 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from .tree import FROM_FIRST, FROM_SECOND, FROM_TARGET, HostTree
+from .tree import FROM_CONTEXT, FROM_FIRST, FROM_SECOND, FROM_TARGET, HostTree
 
-_SOURCE_NAMES = {FROM_TARGET: "target", FROM_FIRST: "first", FROM_SECOND: "second"}
+_SOURCE_NAMES = {FROM_TARGET: "target", FROM_FIRST: "first", FROM_SECOND: "second", FROM_CONTEXT: "context"}
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Cycle:
     parents: list[int]  # (N,), -1 for the anchor
     depths: list[int]  # (N,)
     scores: list[float]  # (N,), log of the estimated probability that the node is reached
-    ranks: list[int]  # (N,), which draft wrote it: 0 the first, 1.. the branches
-    sources: list[str]  # (N,), first, second or target
+    ranks: list[int]  # (N,), which draft wrote it: 0 the first, 1.. the branches; -1 none, the text did
+    sources: list[str]  # (N,), first, second, context or target
     path: list[int]  # (A,), the accepted nodes, anchor first
     emitted: list[int]  # (A,), the tokens they led to, the bonus last
 
@@ -42,10 +42,12 @@ class D2SDStats:
     cycles: int = 0
     committed_per_cycle: list[int] = field(default_factory=list)  # one entry a cycle, at least 1
     tree_sizes: list[int] = field(default_factory=list)  # nodes verified, anchor included, one entry a cycle
-    token_sources: list[str] = field(default_factory=list)  # one entry a generated token: first, second or target
+    token_sources: list[str] = field(default_factory=list)  # one entry a generated token: who proposed it
     offered_per_depth: Counter[int] = field(default_factory=Counter)  # cycles whose tree reached that depth
     accepted_per_depth: Counter[int] = field(default_factory=Counter)  # cycles whose path did
-    branch_hits: Counter[int] = field(default_factory=Counter)  # accepted tokens by rank: 0 first block, 1.. branches
+    branch_hits: Counter[int] = field(
+        default_factory=Counter
+    )  # accepted tokens by rank: 0 first block, 1.. branches, -1 context
     attention_backend: str = ""
     trace: list[Cycle] | None = None  # with `d2sd_trace=True` every cycle's tree
 

@@ -14,7 +14,7 @@ _UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are no whole chara
 
 
 class Piece(NamedTuple):
-    """Some text, and the source of the token that completed it: first, second or target."""
+    """Some text, and the source of the token that completed it: first, second, context or target."""
 
     text: str
     source: str

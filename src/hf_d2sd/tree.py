@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FROM_TARGET, FROM_FIRST, FROM_SECOND = 0, 1, 2  # who wrote a node's token; the anchor is the target's
+FROM_TARGET, FROM_FIRST, FROM_SECOND, FROM_CONTEXT = 0, 1, 2, 3  # who proposed a node; the anchor is the target's
+CONTEXT_RANK = -1  # in `ranks`, of what no draft wrote: the text so far did
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Candidates:
     scores: (
         Tensor  # (B, M), log of the estimated probability that the node is reached; no child's is above its parent's
     )
-    ranks: Tensor  # (B, M), which draft wrote it, 0 the first
+    ranks: Tensor  # (B, M), which draft wrote it, 0 the first; CONTEXT_RANK: the text so far
     exists: Tensor  # (B, M) bool
     deepest: int  # a bound of the depths
     chains: int | None = None  # a bound of the chains that the tree splits into; `None`: one a node
@@ -51,7 +52,8 @@ class CandidateTree:
     parents: Tensor  # (B, N)
     depths: Tensor  # (B, N), 0 for the anchor
     scores: Tensor  # (B, N), log of the estimated probability that the node is reached
-    ranks: Tensor  # (B, N), 0: the first block, b+1: branch b; a shared node counts as its first owner's
+    # (B, N), 0: the first block, b+1: branch b, CONTEXT_RANK: the context; a shared node counts as its first owner's
+    ranks: Tensor
     max_depth: int | None = None  # a bound that is known without asking the device
     max_chains: int | None = None  # such a bound for the chains of a row, fillers aside
 
@@ -60,8 +62,9 @@ class CandidateTree:
 
     @property
     def sources(self) -> Tensor:
-        """(B, N), FROM_TARGET, FROM_FIRST or FROM_SECOND for each node."""
-        return torch.where(self.depths == 0, FROM_TARGET, torch.where(self.ranks == 0, FROM_FIRST, FROM_SECOND))
+        """(B, N), FROM_TARGET, FROM_FIRST, FROM_SECOND or FROM_CONTEXT for each node."""
+        by_rank = torch.where(self.ranks < 0, FROM_CONTEXT, torch.where(self.ranks == 0, FROM_FIRST, FROM_SECOND))
+        return torch.where(self.depths == 0, FROM_TARGET, by_rank)
 
     def row(self, row: int) -> "CandidateTree":
         """One row's tree alone, without its fillers."""

@@ -19,9 +19,9 @@ except ImportError as error:
     raise ImportError("This command shows its results with rich: pip install 'hf-d2sd[bench]'.") from error
 
 # How each source is shown: by colour, or by brackets where there is none.
-STYLES = {"first": "green", "second": "magenta", "target": "default"}
-BRACKETS = {"first": ("[", "]"), "second": ("{", "}"), "target": ("", "")}
-LABELS = {"first": "first drafter", "second": "second drafter", "target": "target"}
+STYLES = {"first": "green", "second": "magenta", "context": "cyan", "target": "default"}
+BRACKETS = {"first": ("[", "]"), "second": ("{", "}"), "context": ("<", ">"), "target": ("", "")}
+LABELS = {"first": "first drafter", "second": "second drafter", "context": "the text so far", "target": "target"}
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..attention import TreeAttention
 from ..modeling import D2SDAssistant
+from ..pairs import CONTEXT
 from .answering import AnswerOptions
 from .cards import published_acceptance, read_card
 from .findings import Finding, fine, note, wrong
@@ -43,6 +44,8 @@ class DoctorOptions(PairOptions):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.drafters == CONTEXT:
+            raise ValueError("--drafters context names no drafters, so that there are none to check: name some.")
         for name in ("max_prompts", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")

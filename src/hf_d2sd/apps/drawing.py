@@ -6,7 +6,7 @@ from html import escape
 from ..stats import Cycle
 from .page import Placed, lay_out
 
-COLOURS = {"first": "#cdeed6", "second": "#f3d3f5", "target": "#e4e4e4"}  # of each source
+COLOURS = {"first": "#cdeed6", "second": "#f3d3f5", "context": "#cfeaf4", "target": "#e4e4e4"}  # of each source
 _WIDTH, _HEIGHT, _GAP, _ROW, _MARGIN = 76, 30, 26, 38, 8
 _NAMED = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
 _ACCEPTED = ("anchor", "accepted", "chosen")

@@ -21,7 +21,7 @@ from ..binding import bind
 from ..checks import refuse_absent_device
 from ..modeling import D2SDAssistant, D2SDConfig
 from ..options import PREFIX, command_fields, option_fields, settle
-from ..pairs import load_assistant, read_pair_config, refuse_missing_folder
+from ..pairs import CONTEXT, load_assistant, read_pair_config, refuse_missing_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -37,7 +37,10 @@ else:
 class PairOptions(DraftingFields):
     target: str = field(metadata={"help": "folder or Hub id of the target"})
     drafters: list[str] = field(
-        metadata={"help": "folder or Hub id of a pair, or of the first drafter; then, if there is one, of the second"}
+        metadata={
+            "help": "folder or Hub id of a pair, or of the first drafter; then, if there is one, of the second. "
+            "context: none, continuations of the text so far are all that is drafted"
+        }
     )
     dtype: str = field(default="auto", metadata={"help": "auto: the target's checkpoint's", "choices": list(DTYPES)})
     device: str | None = field(
@@ -82,6 +85,8 @@ class PairPlan:
 
     @functools.cached_property
     def empty_assistant(self) -> D2SDAssistant:
+        if self.options.drafters == CONTEXT:
+            return D2SDAssistant.from_context()
         with torch.device("meta"):
             return D2SDAssistant(self.pair_config)
 

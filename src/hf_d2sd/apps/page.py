@@ -10,8 +10,8 @@ from importlib import resources
 
 from ..stats import Cycle, D2SDStats
 
-_LABELS = {"first": "first drafter", "second": "second drafter", "target": "target"}
-_BADGES = {"first": "1", "second": "2", "target": "T"}
+_LABELS = {"first": "first drafter", "second": "second drafter", "context": "the text so far", "target": "target"}
+_BADGES = {"first": "1", "second": "2", "context": "C", "target": "T"}
 _SPACES = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"})
 _OPEN_CYCLES = 8  # the others are one click away
 _TEXT_BEFORE = 90  # characters shown before a cycle's own
@@ -152,7 +152,8 @@ def _key() -> str:
         "<details><summary>How to read the trees</summary>"
         f'<ul class="key">{items}</ul><p class="note">The top line is what the cycle adds to the text. Below it stand '
         "the other candidates of the tree, which the same pass of the target checked. 1 is the first drafter, 2 "
-        "the second, and the figure is the estimated probability of the token, given those before it in its line.</p>"
+        "the second, C the text so far, and the figure is the estimated probability of the token, given those before "
+        "it in its line.</p>"
         "</details>"
     )
 
@@ -197,7 +198,7 @@ def _node(page: Page, node: Placed) -> str:
     title = {"anchor": "the last known token", "chosen": "the target's own token"}.get(node.fate)
     if meta is None:
         meta = f"{_BADGES[node.source]} · {100 * node.confidence:.0f}%"
-        by = _LABELS[node.source] + (f", branch {node.rank}" if node.rank else "")
+        by = _LABELS[node.source] + (f", branch {node.rank}" if node.rank > 0 else "")
         title = f"{by}: {node.confidence:.3f} after its parent, {node.reached:.3f} from the start; {node.fate}"
     return (
         f'<span class="node {node.fate} {node.source}" style="{place}" title="{title}">'
@@ -240,7 +241,7 @@ def _redrafts(page: Page, cycle: Cycle) -> str:
 def kept_prefixes(cycle: Cycle) -> list[tuple[int, ...]]:
     """For each branch with nodes of its own, the drafted nodes above the first of these."""
     prefixes: dict[tuple[int, ...], None] = {}
-    for rank in sorted({rank for rank in cycle.ranks if rank}):
+    for rank in sorted({rank for rank in cycle.ranks if rank > 0}):
         top = min((n for n, r in enumerate(cycle.ranks) if r == rank), key=lambda n: cycle.depths[n])
         prefixes[tuple(_ancestors(cycle, top))] = None
     return sorted(prefixes, key=len)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checks import refuse_absent_device
 from ..options import command_fields, pair_options
+from ..pairs import CONTEXT
 from .strategies import PLAIN, WIDE_BUDGET, WIDTH, Strategy, all_strategies, find_strategy, grid
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,6 +63,8 @@ class BenchOptions(TreeFields):
         refuse_absent_device(self.device)
         if not self.prompts:
             raise ValueError("Nothing to answer: pass --prompts FILE [FILE ...].")
+        if self.drafters == CONTEXT:
+            raise ValueError("drafters is context: that is a strategy, which needs no drafters. Leave them out.")
         if len(self.drafters) > 2:
             raise ValueError(f"drafters are a pair, or a first and a second one; got {len(self.drafters)}.")
         try:

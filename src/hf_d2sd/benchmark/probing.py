@@ -129,7 +129,7 @@ def reliability(trace: Iterable[Cycle]) -> dict[str, list[list[float]]]:
 
     Counted are the nodes whose parent was accepted: only of these the target said whether they are right.
     """
-    bins = {source: [[0, 0.0, 0] for _ in range(BINS)] for source in ("first", "second")}
+    bins = {source: [[0, 0.0, 0] for _ in range(BINS)] for source in ("first", "second", "context")}
     for cycle in trace:
         accepted, confidences = set(cycle.path), cycle.confidences
         for node in range(1, len(cycle.tokens)):

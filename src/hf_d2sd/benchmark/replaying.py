@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..candidates import Draft, expand
 from ..choosing import Choosers
 from ..compat import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+from ..context import ContextSource
 from ..decoding import Accepted, Batch, decode
 from ..drafting import Drafter
 from ..growing import wide_drafts
@@ -178,4 +179,7 @@ def _batch(
     prompts = torch.stack([left_padded(text.tokens[: text.prompt_length], width) for text in texts])
     choosers = KnownChoosers(prompts, [], criteria, do_sample=False)
     drafters = [Drafter(model, target) for model in assistant.drafters[: 2 if options.redrafts else 1]]
-    return Batch(KnownTarget(texts), drafters, choosers, options)
+    context = None
+    if options.context_nodes:
+        context = ContextSource(text.tokens[: text.prompt_length].tolist() for text in texts)
+    return Batch(KnownTarget(texts), drafters, choosers, options, context=context)

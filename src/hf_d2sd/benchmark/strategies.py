@@ -25,6 +25,7 @@ class Models:
         first = self.assistant.first if self.assistant is not None else None
         self.first = first
         self.reused = D2SDAssistant.from_drafters(first, first) if first is not None else None
+        self.context = D2SDAssistant.from_context()
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ def _reused(models: Models, options: dict) -> dict:
     return {"assistant_model": models.reused, **options}
 
 
+def _context(models: Models, options: dict) -> dict:
+    return {"assistant_model": models.context, **options}
+
+
 def all_strategies(num_branches: int = 4, width: int = WIDTH, budget: int = WIDE_BUDGET) -> dict[str, Strategy]:
     """Every strategy by its name.
 
@@ -81,12 +86,13 @@ def all_strategies(num_branches: int = 4, width: int = WIDTH, budget: int = WIDE
         width, budget: W and nodes of the wide trees.
     """
     chains = {"num_branches": num_branches, "tree_width": 1, "tree_budget": NO_BUDGET}
-    wide = {"tree_width": width, "tree_budget": budget}
+    wide = {"tree_width": width, "tree_budget": budget, "context": 0}
     alone = {**chains, "num_branches": 0}
     listed = [
         Strategy(PLAIN, "plain generate, one token a pass", None, _stock()),
         Strategy("ar-compiled", "plain, static cache, torch.compile", None, _compiled, compiled=True),
         Strategy("prompt-lookup", "Transformers: n-grams of the prompt", None, _stock(prompt_lookup_num_tokens=10)),
+        Strategy("context", "the text so far, as a tree", None, _context, {"tree_budget": budget}, ours=True),
         Strategy("assisted", "Transformers: a small autoregressive draft LM", "draft_lm", _assisted),
         Strategy("dflash-native", "Transformers: the first drafter, one chain", "first", _native),
         Strategy("dflash", "the first drafter alone, one chain", "first", _pair, alone, ours=True),
@@ -115,6 +121,14 @@ def all_strategies(num_branches: int = 4, width: int = WIDTH, budget: int = WIDE
             "second",
             _pair,
             {**wide, "num_branches": num_branches},
+            ours=True,
+        ),
+        Strategy(
+            "d2sd-context",
+            "the likeliest paths by both drafters and the text so far",
+            "second",
+            _pair,
+            {**wide, "num_branches": num_branches, "context": budget},
             ours=True,
         ),
     ]
