@@ -551,7 +551,7 @@ def test_samples_are_spread_over_each_task(tmp_path):
 def test_variants_change_what_they_name_alone():
     known = all_strategies(num_branches=4, width=8, budget=16)
     variant = find_strategy("d2sd-wide:K=2,budget=32", known)
-    assert variant.options == {"num_branches": 2, "tree_width": 8, "tree_budget": 32}
+    assert variant.options == {"num_branches": 2, "tree_width": 8, "tree_budget": 32, "context": 0}
     assert known["d2sd-wide"].options["tree_budget"] == 16
     assert grid(["budget=8,16", "K=0,4"]) == [f"d2sd-wide:budget={b},K={k}" for b in (8, 16) for k in (0, 4)]
     assert grid([]) == []

@@ -54,7 +54,7 @@ class TestOracle:
         target, assistant = tiny_target(), pair() if heads else D2SDAssistant.from_drafters(tiny_drafter(5))
         ids = prompt(9, 0)
         out = target.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=EOS, pad_token_id=EOS)
-        asked = {"tree_width": width, "num_branches": 0, "tree_budget": 1000, **options}
+        asked = {"tree_width": width, "num_branches": 0, "tree_budget": 1000, "context": 0, **options}
         settled = settle(assistant, GenerationConfig(**{f"d2sd_{name}": value for name, value in asked.items()}))
         counts = run(assistant, target, [known(target, ids[0], out[0, 9:])], settled, 24, [EOS])
         assert counts.tokens == len(out[0]) - 9 - 1
