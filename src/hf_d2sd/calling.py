@@ -11,11 +11,13 @@ from .cache import TreeCache, check_supported, is_recurrent, save_contexts, save
 from .captured import shapes_of
 from .choosing import Choosers, Record
 from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, own_cache_class, pad_token
+from .costs import Place, Stopwatch, costs_of, guess
 from .decoding import Batch, decode
 from .drafting import DraftContext, Drafter
 from .modeling import D2SDAssistant
 from .observing import Observer
 from .options import DecodingOptions, settle
+from .paying import Pace
 from .probing import attention_for
 from .prompts import Prompt, join_records, join_sequences, read_prompt
 from .stats import D2SDStats
@@ -63,7 +65,9 @@ def assisted_decode(
         _check_recurrent(shapes is not contextlib.nullcontext, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
-    decode(Batch(worker, drafters, choosers, options), passes, observer, shapes)
+    pace = _open_pace(assistant, worker, drafters, options) if options.auto else None
+    stats.decisions = pace.decisions if pace is not None else None
+    decode(Batch(worker, drafters, choosers, options, pace=pace), passes, observer, shapes)
     observer.end()
     choosers.cut()
     output = _join_output(worker if returns_cache else None, prompt, choosers, generation_config, user_cache)
@@ -98,6 +102,18 @@ def _open_drafters(
     contexts = _resume_contexts(assistant, user_cache, worker.positions)
     backend = options.attention_backend
     return [Drafter(model, worker.model, context, backend) for model, context in zip(models, contexts)]
+
+
+def _open_pace(assistant: D2SDAssistant, worker: Target, drafters: list[Drafter], options: DecodingOptions) -> Pace:
+    """What decides in each cycle, with what earlier calls measured."""
+    costs, networks = costs_of(assistant), [drafter.model for drafter in drafters]
+
+    def table_at(rows: int, length: int):
+        place = Place.of(worker.model, worker.device, rows, length)
+        return costs.at(place, lambda: guess(place, worker.model, networks))
+
+    branches = options.num_branches if options.redrafts else 0
+    return Pace(table_at, Stopwatch(worker.device), branches, options.tree_budget)
 
 
 def _is_cache_seen(prompt: Prompt, generation_config: GenerationConfig, user_cache) -> bool:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from . import acceptance
 from .choosing import Chooser, Choosers
+from .costs import PASS
 from .drafting import Drafter
 from .growing import State, grow
 from .options import DecodingOptions
+from .paying import Pace
 from .target import Target, TargetPass
 from .tree import CandidateTree, HostTree
 
@@ -72,6 +74,7 @@ class Batch:
     drafters: list[Drafter]  # first and second; the first alone for no branches
     choosers: Choosers
     options: DecodingOptions
+    pace: Pace | None = field(default=None, kw_only=True)  # what decides where the options leave it open
 
     def begin(self, prompt_passes: Iterable[TargetPass]) -> tuple[TargetPass, list[int]]:
         """Run the prompts, show them to the drafters, and let the target choose each row's first token."""
@@ -97,10 +100,15 @@ class Batch:
 
     def _state(self, anchors: list[int], fixed_shapes: bool = False) -> State:
         on_device = torch.tensor(anchors, device=self.target.device)
-        return State(on_device, self.drafters, self.options, self.choosers.rooms, fixed_shapes)
+        state = State(on_device, self.drafters, self.options, self.choosers.rooms, fixed_shapes, pace=self.pace)
+        if self.pace is not None:
+            self.pace.begin(len(anchors), max(self.target.positions))
+        return state
 
     def accept(self, tree: CandidateTree, step: TargetPass) -> Accepted:
         """Let the target choose at the nodes that its choices lead to, by the acceptance policy of the options."""
+        if self.pace is not None:
+            self.pace.mark(PASS, len(tree))
         choices = self.choosers.look(step.logits).to(self.target.device)
         known = self.paths_ahead(tree, step, choices)
         trees = HostTree.transfer(tree, choices)  # the cycle's one transfer
@@ -133,6 +141,8 @@ class Batch:
         for drafter in self.drafters:
             drafter.extend(step, self.target.positions, accepted.nodes, counts)
         self._let_draft([token for row in accepted.emitted for token in row])
+        if self.pace is not None:
+            self.pace.end(sum(map(len, accepted.emitted)), sum(max(count - 1, 0) for count in counts))
 
     def leave(self, anchors: list[int]) -> list[int]:
         """Let finished rows leave the batch; returns the anchors of those that stay."""

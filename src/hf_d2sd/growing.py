@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .candidates import Draft, expand, likeliest_prefixes, merge
+from .costs import FIRST, REST, SECOND
 from .drafting import Drafter
+from .paying import Pace
 from .prefixes import select_deeper_prefixes, select_prefix_lengths
 from .tree import Candidates, CandidateTree
 
@@ -25,6 +27,7 @@ class State:
     options: "DecodingOptions"
     rooms: list[int] | None = None  # by row, how many tokens may still be emitted; `None`: no limit
     fixed_shapes: bool = False  # whether all cycles must have tensors of the same shapes
+    pace: Pace | None = None  # what decides where the options leave it open
 
     @property
     def has_room(self) -> bool:
@@ -43,14 +46,32 @@ class State:
         """The second drafter's blocks after these prefixes."""
         return self.drafters[1].redraft(self.anchors, prefixes, self.options.second_block_size, width)
 
-    def tree(self, candidates: Candidates, fixed_size: bool = False) -> CandidateTree:
-        """The best nodes: no more than the budget, none deeper than what may be emitted for it."""
-        max_depth = None if self.rooms is None else torch.tensor(self.rooms, device=self.anchors.device) - 1
+    def pool(self, drafted: Candidates | None = None) -> Candidates | None:
+        """All that may stand in the tree: what is drafted, and what needs no pass of a drafter."""
+        return drafted
+
+    @property
+    def max_depth(self) -> Tensor | None:
+        """(B,), how deep a tree may be; `None`: any depth."""
+        return None if self.rooms is None else torch.tensor(self.rooms, device=self.anchors.device) - 1
+
+    def reach(self, candidates: Candidates | None) -> list[float]:
+        """What `paying.trees` weighs: how likely each row's best, second best, ... node is reached, summed over rows."""
+        if candidates is None:
+            return []
+        exists = candidates.exists
+        if self.max_depth is not None:
+            exists = exists & (candidates.depths <= self.max_depth[:, None])
+        reached = torch.where(exists, candidates.scores, -torch.inf).exp()
+        return reached.sort(dim=1, descending=True).values.sum(0).tolist()
+
+    def tree(self, candidates: Candidates, fixed_size: bool = False, nodes: int | None = None) -> CandidateTree:
+        """The best nodes: no more than `nodes`, or than the budget, none deeper than what may be emitted for it."""
         return CandidateTree.from_candidates(
             self.anchors,
             candidates,
-            budget=self.options.tree_budget,
-            max_depth=max_depth,
+            budget=self.options.tree_budget if nodes is None else nodes,
+            max_depth=self.max_depth,
             fixed_size=fixed_size or self.fixed_shapes or self.anchors.device.type == "cuda",
         )
 
@@ -99,6 +120,29 @@ def wide(state: State) -> CandidateTree:
     return state.tree(expand(drafts, options.tree_budget, options.tree_width), fixed_size=True)
 
 
+def auto(state: State) -> CandidateTree:
+    """What pays now, by what it costs here: nothing drafted, the first drafter alone, or both; see `paying.best`."""
+    options, pace = state.options, state.pace
+    assert pace is not None and options.tree_budget is not None
+    width, budget = options.tree_width, options.tree_budget
+    pool = state.pool()
+    if pace.drafts(state.reach(pool)):
+        drafts = state.draft(width)
+        pace.mark(FIRST)
+        pool = state.pool(expand(drafts, budget, width))
+        count = pace.branches(state.reach(pool))
+        if count:
+            prefixes = likeliest_prefixes(state.anchors, drafts, count, options.second_block_size - 2, width)
+            pace.mark(REST)
+            drafts = drafts.followed_by(state.redraft(prefixes, width))
+            pace.mark(SECOND, count)
+            pool = state.pool(expand(drafts, budget, width))
+    nodes = pace.nodes(state.reach(pool))
+    tree = plain(state) if pool is None or nodes == 1 else state.tree(pool, fixed_size=True, nodes=nodes)
+    pace.mark(REST)
+    return tree
+
+
 def plain(state: State) -> CandidateTree:
     """Nothing drafted: plain decoding."""
     return CandidateTree.anchor_only(state.anchors)
@@ -120,6 +164,8 @@ def policy_of(options: "DecodingOptions") -> Callable[[State], CandidateTree]:
     """The policy that a call's options name."""
     if options.tree_budget == 1:
         return plain
+    if options.auto:
+        return auto
     if options.tree_width > 1:
         return wide
     if options.num_branches == 0:
