@@ -13,6 +13,7 @@ from .costs import FIRST, PASS, REST, SECOND, SIZES, CostTable, Part, Stopwatch,
 SHARE = 0.02  # of a call's time that trying may cost, beside what it begins with
 BEGINNING = 1.0  # plain steps that a call may lose before anything was gained
 MOST = 4.0  # plain steps of gains that may be lost again
+LONGEST = 64.0  # plain steps between tries, however often they lost
 EVERY = 4  # in the first cycles, each so many take a size that was not measured yet
 LEARNING = 64  # cycles
 
@@ -76,7 +77,8 @@ class Purse:
     def __init__(self, beginning: float = BEGINNING):
         self.held = beginning
         self.streak = 0.0  # of gains and losses, the latest count most
-        self.patience = 1.0
+        self.wait = 0.0  # plain steps from a try that lost to the next one
+        self.waited = 0.0
 
     @property
     def gains(self) -> bool:
@@ -89,15 +91,16 @@ class Purse:
 
     def tries(self, price: float) -> bool:
         """Whether it is time to try something that could lose so much."""
-        return self.affords(price if self.gains else min(price * self.patience, MOST))
+        return self.affords(price) and (self.gains or self.waited >= self.wait)
 
     def saw(self, steps: float, cost: float | None = None) -> None:
         """A cycle yielded what `steps` plain steps yield, at that cost; `None`: it was one."""
         net = 0.0 if cost is None else steps - cost
         self.held = min(self.held + SHARE * steps + net, MOST)
+        self.waited += steps
         if cost is not None:
             self.streak = 0.8 * self.streak + net
-            self.patience = 1.0 if net > 0 else 2 * self.patience
+            self.wait, self.waited = 0.0 if net > 0 else min(max(2 * self.wait, 1.0), LONGEST), 0.0
 
 
 @dataclass
@@ -153,13 +156,14 @@ class Pace:
         if self.purse is None:
             self.purse = Purse(BEGINNING if self.table.trust >= 0 else 0.0)
         self._parts: list[Part] = []
-        self._kind, self._reason, self._raw, self._before, self._prefixes = PLAIN, "", 0.0, 0.0, 0.0
+        self._kind, self._reason, self._measures = PLAIN, "no room for more than a token", False
+        self._raw = self._before = self._prefixes = 0.0
         self.watch.start()
 
     def drafts(self, reach: Sequence[float]) -> bool:
         """Whether the first drafter shall draft. `reach`, see `trees`: of nodes that need no drafter's pass."""
         table = self.table
-        self._kind = FREE if reach else PLAIN
+        self._kind, self._reason = FREE if reach else PLAIN, ""
         if not table.is_measured:
             self._reason, self._measures = "measuring a plain step", True
             return False
