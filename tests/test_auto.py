@@ -1,6 +1,5 @@
 """Cycles that are chosen by what pays: the text is plain decoding's, whatever is chosen and whenever it changes."""
 
-import itertools
 import json
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -11,9 +10,10 @@ from tiny import OracleDrafts, prompt, tiny_assistant, tiny_drafter, tiny_target
 from transformers import GenerationConfig
 
 from hf_d2sd import D2SDAssistant
-from hf_d2sd.costs import FIRST, PASS, PARTS, REST, SECOND, CostTable, Costs, Place, costs_of
+from hf_d2sd.costs import FIRST, PARTS, PASS, REST, SECOND, Costs, costs_of
 from hf_d2sd.modeling import CACHE_NAME
 from hf_d2sd.options import settle
+from hf_d2sd.paying import Pace
 
 NEW = 40
 
@@ -31,7 +31,10 @@ def machine(step: float = 0.01, first: float = 0.2, second: float = 0.2, node: f
 
     def cost(part) -> float:
         name, size = part
-        return step * {FIRST: first, SECOND: second * (1 + 0.5 * (size - 1)), PASS: 0.9 + node * (size - 1), REST: rest}[name]
+        return (
+            step
+            * {FIRST: first, SECOND: second * (1 + 0.5 * (size - 1)), PASS: 0.9 + node * (size - 1), REST: rest}[name]
+        )
 
     return cost
 
@@ -107,34 +110,30 @@ def test_what_fixes_the_shape_of_trees_does_not_go_with_it(bad):
         tiny_target().generate(prompt(5), assistant_model=tiny_assistant(), d2sd_auto=True, max_new_tokens=4, **bad)
 
 
-def switching(monkeypatch, **changes):
-    """Costs that make drafting pay, and then not, in turns of seven cycles."""
-    cheap, dear = machine(first=0.05, second=0.05, node=0.001), machine(first=30.0, second=30.0, node=1.0)
-    cycles = itertools.count()
+@pytest.fixture
+def switching(monkeypatch):
+    """Calls that are on for three cycles and off for four, with trees of all sizes and any number of branches."""
 
-    class Switching(CostTable):
-        def of(self, *parts):
-            return super().of(*parts) if parts == ((PASS, 1),) else 1e3 if self.dear else 1.01
+    def turn(pace) -> int:
+        return pace.decisions.kinds.total()
 
-        @property
-        def dear(self):
-            return next(cycles) // 40 % 2 == 1
+    def drafts(pace, reach):
+        pace._kind = "first" if turn(pace) % 7 > 3 else "plain"
+        return pace._kind == "first"
 
-    def guess(place, target, drafters):
-        table = CostTable.guessed(0.01, 0.01, 0.1, 0.1, place.rows, 4)
-        table.__class__ = Switching
-        table.plain_steps = 16
-        return table
+    def branches(pace, reach):
+        pace._kind = "both" if turn(pace) % 3 else "first"
+        return turn(pace) % 3
 
-    monkeypatch.setattr("hf_d2sd.calling.guess", guess)
-    monkeypatch.setattr("hf_d2sd.calling.Stopwatch", lambda device: Ticking(cheap))
+    monkeypatch.setattr(Pace, "drafts", drafts)
+    monkeypatch.setattr(Pace, "branches", branches)
+    monkeypatch.setattr(Pace, "nodes", lambda pace, reach: (6, 2, 1, 9)[turn(pace) % 4] if reach else 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_switching_on_and_off_in_the_middle_of_a_row_changes_no_token(family, rows, monkeypatch):
+def test_switching_on_and_off_in_the_middle_of_a_row_changes_no_token(family, rows, switching, monkeypatch):
     target, ids = tiny_target(family), torch.cat([prompt(9, seed) for seed in range(rows)])
-    switching(monkeypatch)
     expected = torch.cat([target.generate(row[None], do_sample=False, max_new_tokens=NEW) for row in ids])
     if rows == 1:
         OracleDrafts(monkeypatch, expected[0], 0.9, seed=2)
@@ -211,10 +210,6 @@ def long_text():
     return target, ids, target.generate(ids, do_sample=False, max_new_tokens=200)[0]
 
 
-def time_of(assistant, decisions) -> float:
-    return decisions.measured
-
-
 def test_drafts_that_are_always_wrong_are_switched_off_and_cost_little(long_text, on_machine):
     on_machine()
     target, ids, sequence = long_text
@@ -243,7 +238,7 @@ def test_a_second_drafter_that_costs_more_than_it_yields_is_left_out(long_text, 
         on_machine(second=second)
         assistant = fresh_pair()
         for _ in range(3):
-            decisions = run(assistant, ids, target, sequence, 0.7, 200, confidence=0.7)
+            decisions = run(assistant, ids, target, sequence, 0.95, 200, confidence=0.95)
         shares.append(decisions.kinds["both"] / decisions.kinds.total())
     assert shares[0] > 0.2 > 0.05 > shares[1], shares
 
@@ -268,7 +263,10 @@ def test_decisions_and_their_reasons_are_counted(long_text, on_machine):
     stats = assistant.last_stats
     cycles = stats.cycles
     assert decisions.kinds.total() == decisions.nodes.total() == decisions.branches.total() == cycles
-    assert decisions.reasons["measuring a plain step"] >= 2 and decisions.reasons["both drafts pay"] > 0
+    assert (
+        decisions.reasons["measuring a plain step"] >= 2
+        and decisions.reasons["the first draft pays, the second would not"] > 0
+    )
     assert sum(size * count for size, count in decisions.nodes.items()) >= sum(stats.tree_sizes)
     assert "both" in str(decisions) and "expected" in str(decisions)
 
@@ -307,12 +305,17 @@ def test_eight_threads_share_costs(long_text):
         options = dict(do_sample=False, max_new_tokens=24, d2sd_auto=True, assistant_model=assistant)
         return target.generate(ids[:, : 4 + seed % 5], **options)[0].tolist()
 
-    expected = [target.generate(ids[:, :length], do_sample=False, max_new_tokens=24)[0].tolist() for length in range(4, 9)]
+    expected = [
+        target.generate(ids[:, :length], do_sample=False, max_new_tokens=24)[0].tolist() for length in range(4, 9)
+    ]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(call, range(40))) == [expected[seed % 5] for seed in range(40)]
     table = next(iter(costs_of(assistant).tables.values()))
     assert len(costs_of(assistant).tables) == 1 and table.cycles > 40
-    assert Costs.from_dict(json.loads(json.dumps(costs_of(assistant).as_dict()))).as_dict() == costs_of(assistant).as_dict()
+    assert (
+        Costs.from_dict(json.loads(json.dumps(costs_of(assistant).as_dict()))).as_dict()
+        == costs_of(assistant).as_dict()
+    )
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from hf_d2sd.costs import FIRST, PASS, REST, SECOND, Curve, CostTable
+from hf_d2sd.costs import FIRST, PASS, REST, SECOND, CostTable, Curve
 from hf_d2sd.paying import BEGINNING, MOST, SHARE, Offer, Pace, Purse, best, trees
 
 
@@ -231,4 +231,4 @@ def test_drafts_whose_words_do_not_hold_are_believed_less():
         sizes.append(pace.nodes([0.9, 0.8, 0.7, 0.6]))
         pace.mark(PASS, sizes[-1])
         pace.end(tokens=1, accepted=0)
-    assert sizes[0] == 4 and sum(size > 1 for size in sizes[-30:]) <= 10
+    assert sizes[0] == 4 and sum(size > 1 for size in sizes[-30:]) <= 10, sizes

@@ -16,7 +16,7 @@ from .decoding import Batch, decode
 from .drafting import DraftContext, Drafter
 from .modeling import D2SDAssistant
 from .observing import Observer
-from .options import DecodingOptions, settle
+from .options import MOST_NODES, DecodingOptions, settle
 from .paying import Pace
 from .probing import attention_for
 from .prompts import Prompt, join_records, join_sequences, read_prompt
@@ -113,7 +113,7 @@ def _open_pace(assistant: D2SDAssistant, worker: Target, drafters: list[Drafter]
         return costs.at(place, lambda: guess(place, worker.model, networks))
 
     branches = options.num_branches if options.redrafts else 0
-    return Pace(table_at, Stopwatch(worker.device), branches, options.tree_budget)
+    return Pace(table_at, Stopwatch(worker.device), branches, options.tree_budget or MOST_NODES)
 
 
 def _is_cache_seen(prompt: Prompt, generation_config: GenerationConfig, user_cache) -> bool:

@@ -13,8 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, fields
 
 import torch
 
@@ -44,7 +43,7 @@ class Costs:
     def as_dict(self) -> dict:
         """What `from_dict` reads, for a JSON file."""
         with self._lock:
-            return {"costs": [{**place._asdict(), **table.as_dict()} for place, table in self.tables.items()]}
+            return {"costs": [{**vars(place), **table.as_dict()} for place, table in self.tables.items()]}
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Costs":
@@ -56,10 +55,12 @@ class Costs:
         costs = cls()
         try:
             for entry in saved["costs"]:
-                place = Place(*(entry[name] for name in Place._fields))
+                place = Place(**{known.name: entry[known.name] for known in fields(Place)})
                 costs.at(place, functools.partial(CostTable.from_dict, entry))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"These are no costs as `save_costs` writes them: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"These are no costs as `save_costs` writes them: {type(error).__name__}: {error}"
+            ) from error
         return costs
 
     def __str__(self) -> str:
@@ -73,7 +74,8 @@ class Costs:
         return Costs.from_dict, (self.as_dict(),)
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """What costs depend on."""
 
     target: str
@@ -88,11 +90,19 @@ class Place(NamedTuple):
         """Of a target at work on so many rows, the longest of `length` tokens."""
         config = model.config.get_text_config(decoder=True)
         sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-        name = device.type if device.type == "cpu" else torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        name = (
+            device.type
+            if device.type == "cpu"
+            else torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else str(device)
+        )
         rows = rows if rows <= 4 else 1 << (rows - 1).bit_length()
         context = next(1024 * 4**i for i in range(16) if length <= 1024 * 4**i)
         dtype = str(model.dtype).removeprefix("torch.")
-        return cls(f"{type(model).__name__} {'x'.join(map(str, sizes))}", dtype, name, torch.get_num_threads(), rows, context)
+        return cls(
+            f"{type(model).__name__} {'x'.join(map(str, sizes))}", dtype, name, torch.get_num_threads(), rows, context
+        )
 
     def __str__(self) -> str:
         return f"{self.target}, {self.dtype}, {self.device}, {self.threads} threads, {self.rows} rows, {self.context} tokens"
@@ -109,7 +119,8 @@ class Tally:
     to: float = 0.0
 
     def add(self, of: float, to: float) -> None:
-        self.of, self.to = self.keeps * self.of + of, self.keeps * self.to + to
+        keeps = self.keeps if to else self.keeps**0.1  # nothing was seen: what is known fades, but slowly
+        self.of, self.to = keeps * self.of + of, keeps * self.to + to
 
     @property
     def ratio(self) -> float:
@@ -161,7 +172,10 @@ class Curve:
         return self.counts.get(size, 0) >= ENOUGH
 
     def as_dict(self) -> dict:
-        return {"guess": self.guess, "latest": {str(size): [round(c, 4) for c in kept] for size, kept in self.latest.items()}}
+        return {
+            "guess": self.guess,
+            "latest": {str(size): [round(c, 4) for c in kept] for size, kept in self.latest.items()},
+        }
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Curve":

@@ -98,8 +98,11 @@ class DecodingOptions:
         "`d2sd_num_branches` and `d2sd_tree_budget` are then the most. False: the same in each cycle, as the options "
         "or else the pair say",
         default=False,
-        in_words=(None, "on, unless one of `d2sd_num_branches`, `d2sd_tree_budget`, `d2sd_tree_width`, `d2sd_levels` "
-        "and `d2sd_branch_source` is given, or cycles are compiled"),
+        in_words=(
+            None,
+            "on, unless one of `d2sd_num_branches`, `d2sd_tree_budget`, `d2sd_tree_width`, `d2sd_levels` "
+            "and `d2sd_branch_source` is given, or cycles are compiled",
+        ),
     )
     attention_backend: str | None = option(
         "which attention checks trees and drafts blocks; one that cannot run is an error",
@@ -117,8 +120,8 @@ class DecodingOptions:
     def __post_init__(self):
         for declared in option_fields():
             _check(declared, getattr(self, declared.name))
-        self._check_width()
         self._check_auto()
+        self._check_width()
         if self.levels > 2 and (self.tree_width > 1 or not self.redrafts):
             raise ValueError(
                 f"d2sd_levels is {self.levels}: a level more is for re-drafts of the second drafter in trees of width "

@@ -141,7 +141,8 @@ class Pace:
         self._counts += [most_branches] if most_branches else []
         self._sizes = [size for size in SIZES if size <= most_nodes]
         self.decisions = Decisions()
-        self.purse: Purse | None = None
+        self.purse = Purse(0.0)
+        self._has_begun = False
         self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
         self._drafted = Tally(0.0, 0.0, keeps=0.9)  # what cycles with a draft are worth, a row
         self._yields: dict[str, Tally] = {}
@@ -153,8 +154,8 @@ class Pace:
     def begin(self, rows: int, length: int) -> None:
         """A cycle begins, of so many rows, the longest of `length` tokens."""
         self.rows, self.table = rows, self._table_at(rows, length)
-        if self.purse is None:
-            self.purse = Purse(BEGINNING if self.table.trust >= 0 else 0.0)
+        if not self._has_begun:
+            self.purse, self._has_begun = Purse(BEGINNING if self.table.trust >= 0 else 0.0), True
         self._parts: list[Part] = []
         self._kind, self._reason, self._measures = PLAIN, "no room for more than a token", False
         self._raw = self._before = self._prefixes = 0.0
@@ -174,7 +175,11 @@ class Pace:
         if not self.purse.tries(table.of((FIRST, 1))):
             self._reason = "drafts do not pay here"
             return False
-        if reach and self._drafted.to and self._drafted.ratio < self._best_tree(FREE, reach).value(self.rate) / self.rows:
+        if (
+            reach
+            and self._drafted.to
+            and self._drafted.ratio < self._best_tree(FREE, reach).value(self.rate) / self.rows
+        ):
             self._reason = "the text so far does as well"
             return False
         self._kind = ONLY_FIRST
@@ -188,7 +193,7 @@ class Pace:
             cost = self.table.of(*self._parts, (SECOND, count))
             if self.purse.affords(cost):
                 offers.append(Offer(count, self._gain(count) * sum(reach[:count]), self.table.curves[SECOND](count)))
-        count = best(offers, self.rate).what
+        count = self._untried([offer.what for offer in offers if offer.what]) or best(offers, self.rate).what
         self._prefixes = sum(reach[:count])
         self._kind = BOTH if count else ONLY_FIRST
         return count
@@ -278,6 +283,19 @@ class Pace:
 
         sizes = [size for size in self._sizes if size == 1 or self.purse.affords(cost(size) - 1)]
         return best(trees([right * p for p in reach], cost, self.rows, sizes), self.rate)
+
+    def _untried(self, counts: list[int]) -> int | None:
+        """Now and then one of these numbers of branches, whatever it promises: else nothing would be known of it."""
+        cycles, measured = self.table.cycles, self.table.curves[SECOND].counts
+        if cycles < LEARNING:
+            counts = [count for count in counts if measured.get(count, 0) < 2]
+            due = cycles % EVERY == EVERY // 2
+        else:
+            due = cycles % LEARNING == 0
+        if not counts or not due:
+            return None
+        self._reason = "trying the second drafter"
+        return counts[cycles // LEARNING % len(counts)]
 
     def _unmeasured(self, size: int, most: int) -> int | None:
         """In a place that is new, now and then, a size next to the best one that was hardly measured."""
