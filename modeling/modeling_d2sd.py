@@ -616,7 +616,7 @@ class D2SDAssistant(D2SDPreTrainedModel):
 
     @property
     def costs(self):
-        """What cycles cost on this machine, in plain steps, as calls have measured it; `None` before the first call."""
+        """What cycles cost here, in plain steps, as calls have measured it; `None` before the first call."""
         return self._costs
 
     def save_costs(self, path: str | os.PathLike) -> None:

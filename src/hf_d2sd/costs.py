@@ -1,9 +1,9 @@
 """What the parts of a cycle cost on this machine, in plain steps: measured in the background of real calls.
 
-Beside the benchmark this is the one place that takes times. Each part of a cycle, a target pass over n nodes, the first
-draft, a second draft of K blocks, and the rest, is timed as it runs; on devices whose work is asynchronous by events
-that are read when they are over, so nothing waits. No warm-up runs: before a part was measured, its cost is guessed from
-the sizes of the models.
+Beside the benchmark this is the one place that takes times. Each part of a cycle, a target pass over n nodes, the
+first draft, a second draft of K blocks, and the rest, is timed as it runs; on devices whose work is asynchronous by
+events that are read when they are over, so nothing waits. There are no warm-up runs: before a part was measured, its
+cost is guessed from the sizes of the models.
 """
 
 import bisect
@@ -90,22 +90,16 @@ class Place:
         """Of a target at work on so many rows, the longest of `length` tokens."""
         config = model.config.get_text_config(decoder=True)
         sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
-        name = (
-            device.type
-            if device.type == "cpu"
-            else torch.cuda.get_device_name(device)
-            if device.type == "cuda"
-            else str(device)
-        )
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         rows = rows if rows <= 4 else 1 << (rows - 1).bit_length()
         context = next(1024 * 4**i for i in range(16) if length <= 1024 * 4**i)
         dtype = str(model.dtype).removeprefix("torch.")
-        return cls(
-            f"{type(model).__name__} {'x'.join(map(str, sizes))}", dtype, name, torch.get_num_threads(), rows, context
-        )
+        target = f"{type(model).__name__} {'x'.join(map(str, sizes))}"
+        return cls(target, dtype, name, torch.get_num_threads(), rows, context)
 
     def __str__(self) -> str:
-        return f"{self.target}, {self.dtype}, {self.device}, {self.threads} threads, {self.rows} rows, {self.context} tokens"
+        place = f"{self.target}, {self.dtype}, {self.device}, {self.threads} threads"
+        return f"{place}, {self.rows} rows, {self.context} tokens"
 
 
 @dataclass

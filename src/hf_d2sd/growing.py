@@ -56,7 +56,7 @@ class State:
         return None if self.rooms is None else torch.tensor(self.rooms, device=self.anchors.device) - 1
 
     def reach(self, candidates: Candidates | None) -> list[float]:
-        """What `paying.trees` weighs: how likely each row's best, second best, ... node is reached, summed over rows."""
+        """What `paying.trees` weighs: how likely the best, second best, ... node is reached, summed over the rows."""
         if candidates is None:
             return []
         exists = candidates.exists

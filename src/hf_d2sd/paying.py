@@ -70,8 +70,8 @@ def trees(reach: Sequence[float], cost: Callable[[int], float], rows: int, sizes
 class Purse:
     """What trying may still cost a call, in plain steps: a bound of what drafts that do not pay take from it.
 
-    A call may lose `beginning` and a share `SHARE` of the plain steps that its tokens would take; what drafts gained it
-    may lose again, up to `MOST`. While drafts lose, those that are tried become rarer.
+    A call may lose `beginning` and a share `SHARE` of the plain steps that its tokens would take; what drafts gained
+    it may lose again, up to `MOST`. While drafts lose, those that are tried become rarer.
     """
 
     def __init__(self, beginning: float = BEGINNING):
@@ -149,7 +149,7 @@ class Pace:
         self._expected: list[float] = []  # costs of the cycles whose times are not known yet
         self._where: list[CostTable] = []  # and their tables
 
-    # A cycle, in order ------------------------------------------------------------------------------------------------
+    # A cycle, in order ----------------------------------------------------------------------------------------------
 
     def begin(self, rows: int, length: int) -> None:
         """A cycle begins, of so many rows, the longest of `length` tokens."""
@@ -255,7 +255,7 @@ class Pace:
             decisions.predicted += self._expected.pop(0)
             decisions.measured += self._where.pop(0).see(seconds)
 
-    # What it knows ----------------------------------------------------------------------------------------------------
+    # What it knows --------------------------------------------------------------------------------------------------
 
     @property
     def rate(self) -> float:
