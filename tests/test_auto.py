@@ -117,7 +117,7 @@ def switching(monkeypatch):
     def turn(pace) -> int:
         return pace.decisions.kinds.total()
 
-    def drafts(pace, reach):
+    def drafts(pace, reach, has_drafter):
         pace._kind = "first" if turn(pace) % 7 > 3 else "plain"
         return pace._kind == "first"
 

@@ -56,6 +56,7 @@ CALLS = st.fixed_dictionaries(
                 d2sd_num_branches=st.integers(0, 9),
                 d2sd_tree_budget=st.integers(1, 24),
                 d2sd_block_size=st.integers(2, 8),
+                d2sd_auto=st.booleans(),
             ),
         ),
     )

@@ -126,7 +126,7 @@ def auto(state: State) -> CandidateTree:
     assert pace is not None and options.tree_budget is not None
     width, budget = options.tree_width, options.tree_budget
     pool = state.pool()
-    if pace.drafts(state.reach(pool)):
+    if pace.drafts(state.reach(pool), bool(state.drafters)):
         drafts = state.draft(width)
         pace.mark(FIRST)
         pool = state.pool(expand(drafts, budget, width))

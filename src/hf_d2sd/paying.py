@@ -161,7 +161,7 @@ class Pace:
         self._raw = self._before = self._prefixes = 0.0
         self.watch.start()
 
-    def drafts(self, reach: Sequence[float]) -> bool:
+    def drafts(self, reach: Sequence[float], has_drafter: bool = True) -> bool:
         """Whether the first drafter shall draft. `reach`, see `trees`: of nodes that need no drafter's pass."""
         table = self.table
         self._kind, self._reason = FREE if reach else PLAIN, ""
@@ -171,6 +171,8 @@ class Pace:
         self._measures = table.since_plain >= min(256, 16 * table.plain_steps)
         if self._measures:
             self._reason = "measuring a plain step again"
+            return False
+        if not has_drafter:
             return False
         if not self.purse.tries(table.of((FIRST, 1))):
             self._reason = "drafts do not pay here"
@@ -213,6 +215,8 @@ class Pace:
         self._raw = sum(reach[: size - 1])
         if not self._reason:
             self._reason = _REASONS[self._kind] if size > 1 else "no node pays for itself"
+        if size == 1 and self._kind == FREE:
+            self._kind = PLAIN
         return size
 
     def mark(self, name: str, size: int = 1) -> None:
