@@ -4,6 +4,7 @@
 This file is also the Hub's remote code for drafter repositories: it needs torch and transformers alone.
 """
 
+import json
 import os
 import sys
 import threading
@@ -544,6 +545,7 @@ class D2SDAssistant(D2SDPreTrainedModel):
         self.second = D2SDDrafterModel(second) if second is not None else None
         self._latest = _LatestStats()
         self.compile_options: dict | None = None
+        self._costs = None  # what cycles cost, as calls have measured it: an `hf_d2sd.costs.Costs`, or as loaded
         self.post_init()
 
     @classmethod
@@ -626,6 +628,28 @@ class D2SDAssistant(D2SDPreTrainedModel):
     def compile(self, **options) -> None:
         """Let later calls decode with tensors of fixed shapes, their passes compiled by `torch.compile(**options)`."""
         self.compile_options = options
+
+    @property
+    def costs(self):
+        """What cycles cost here, in plain steps, as calls have measured it; `None` before the first call."""
+        return self._costs
+
+    def save_costs(self, path: str | os.PathLike) -> None:
+        """Write them to a JSON file, for `load_costs`.
+
+        Raises:
+            ValueError: before the first call.
+        """
+        if self._costs is None:
+            raise ValueError("No costs are known yet: let a target generate with this assistant first.")
+        saved = self._costs if isinstance(self._costs, dict) else self._costs.as_dict()
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(saved, file, indent=1)
+
+    def load_costs(self, path: str | os.PathLike) -> None:
+        """Begin with the costs of a file that `save_costs` wrote, measured on the same machine."""
+        with open(path, encoding="utf-8") as file:
+            self._costs = json.load(file)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, is_main_process: bool = True, push_to_hub: bool = False, **kwargs

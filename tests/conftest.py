@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference import PackedReference
+from transformers import GenerationConfig
 
 from hf_d2sd.kernels import KERNELS
 
@@ -14,6 +15,12 @@ from hf_d2sd.kernels import KERNELS
 def _one_thread_and_a_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _the_same_tree_in_each_cycle(monkeypatch):
+    """What a test does not ask for with `d2sd_auto=True` is not chosen by what this machine's work happens to cost."""
+    monkeypatch.setattr(GenerationConfig, "d2sd_auto", False, raising=False)
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ CALLS = st.fixed_dictionaries(
                 d2sd_tree_budget=st.integers(1, 24),
                 d2sd_tree_width=st.integers(1, 5),
                 d2sd_block_size=st.integers(2, 8),
+                d2sd_auto=st.booleans(),
             ),
         ),
     )

@@ -12,11 +12,13 @@ from .captured import shapes_of
 from .choosing import Choosers, Record
 from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, own_cache_class, pad_token
 from .context import ContextSource
+from .costs import Place, Stopwatch, costs_of, guess
 from .decoding import Batch, decode
 from .drafting import DraftContext, Drafter
 from .modeling import D2SDAssistant
 from .observing import Observer
-from .options import DecodingOptions, settle
+from .options import MOST_NODES, DecodingOptions, settle
+from .paying import Pace
 from .probing import attention_for
 from .prompts import Prompt, join_records, join_sequences, read_prompt, texts_of
 from .stats import D2SDStats
@@ -65,7 +67,10 @@ def assisted_decode(
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
     context = ContextSource(texts_of(input_ids, prompt.mask)) if options.context_nodes else None
-    decode(Batch(worker, drafters, choosers, options, context=context), passes, observer, shapes)
+    pace = _open_pace(assistant, worker, drafters, options) if options.auto else None
+    stats.decisions = pace.decisions if pace is not None else None
+    batch = Batch(worker, drafters, choosers, options, context=context, pace=pace)
+    decode(batch, passes, observer, shapes)
     observer.end()
     choosers.cut()
     output = _join_output(worker if returns_cache else None, prompt, choosers, generation_config, user_cache)
@@ -100,6 +105,18 @@ def _open_drafters(
     contexts = _resume_contexts(assistant, user_cache, worker.positions)
     backend = options.attention_backend
     return [Drafter(model, worker.model, context, backend) for model, context in zip(models, contexts)]
+
+
+def _open_pace(assistant: D2SDAssistant, worker: Target, drafters: list[Drafter], options: DecodingOptions) -> Pace:
+    """What decides in each cycle, with what earlier calls measured."""
+    costs, networks = costs_of(assistant), [drafter.model for drafter in drafters]
+
+    def table_at(rows: int, length: int):
+        place = Place.of(worker.model, worker.device, rows, length)
+        return costs.at(place, lambda: guess(place, worker.model, networks))
+
+    branches = options.num_branches if options.redrafts else 0
+    return Pace(table_at, Stopwatch(worker.device), branches, options.tree_budget or MOST_NODES)
 
 
 def _is_cache_seen(prompt: Prompt, generation_config: GenerationConfig, user_cache) -> bool:

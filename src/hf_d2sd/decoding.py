@@ -11,9 +11,11 @@ from torch import Tensor
 from . import acceptance
 from .choosing import Chooser, Choosers
 from .context import ContextSource
+from .costs import PASS
 from .drafting import Drafter
 from .growing import State, grow
 from .options import DecodingOptions
+from .paying import Pace
 from .target import Target, TargetPass
 from .tree import CandidateTree, HostTree
 
@@ -74,6 +76,7 @@ class Batch:
     choosers: Choosers
     options: DecodingOptions
     context: ContextSource | None = field(default=None, kw_only=True)  # the rows' texts so far
+    pace: Pace | None = field(default=None, kw_only=True)  # what decides where the options leave it open
 
     def begin(self, prompt_passes: Iterable[TargetPass]) -> tuple[TargetPass, list[int]]:
         """Run the prompts, show them to the drafters, and let the target choose each row's first token."""
@@ -101,10 +104,16 @@ class Batch:
 
     def _state(self, anchors: list[int], fixed_shapes: bool = False) -> State:
         on_device = torch.tensor(anchors, device=self.target.device)
-        return State(on_device, self.drafters, self.options, self.choosers.rooms, fixed_shapes, self.context)
+        rooms = self.choosers.rooms
+        state = State(on_device, self.drafters, self.options, rooms, fixed_shapes, self.context, self.pace)
+        if self.pace is not None:
+            self.pace.begin(len(anchors), max(self.target.positions))
+        return state
 
     def accept(self, tree: CandidateTree, step: TargetPass) -> Accepted:
         """Let the target choose at the nodes that its choices lead to, by the acceptance policy of the options."""
+        if self.pace is not None:
+            self.pace.mark(PASS, len(tree))
         choices = self.choosers.look(step.logits).to(self.target.device)
         known = self.paths_ahead(tree, step, choices)
         trees = HostTree.transfer(tree, choices)  # the cycle's one transfer
@@ -139,6 +148,8 @@ class Batch:
         self._let_draft([token for row in accepted.emitted for token in row])
         if self.context is not None:
             self.context.extend(accepted.emitted)
+        if self.pace is not None:
+            self.pace.end(sum(map(len, accepted.emitted)), sum(max(count - 1, 0) for count in counts))
 
     def leave(self, anchors: list[int]) -> list[int]:
         """Let finished rows leave the batch; returns the anchors of those that stay."""

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .candidates import Draft, expand, join, likeliest_prefixes, merge
 from .context import ContextSource
+from .costs import FIRST, REST, SECOND
 from .drafting import Drafter
+from .paying import Pace
 from .prefixes import select_deeper_prefixes, select_prefix_lengths
 from .tree import Candidates, CandidateTree
 
@@ -27,6 +29,7 @@ class State:
     rooms: list[int] | None = None  # by row, how many tokens may still be emitted; `None`: no limit
     fixed_shapes: bool = False  # whether all cycles must have tensors of the same shapes
     context: ContextSource | None = None  # the rows' texts so far, as a source of candidates
+    pace: Pace | None = None  # what decides where the options leave it open
 
     @property
     def has_room(self) -> bool:
@@ -50,19 +53,41 @@ class State:
         nodes = self.options.context_nodes
         return self.context.propose(nodes, self.anchors.device) if self.context is not None and nodes else None
 
+    def pool(self, drafted: Candidates | None = None) -> Candidates | None:
+        """All that may stand in the tree: what is drafted, and what the text so far says; `None` for nothing."""
+        proposed = self.propose()
+        if drafted is None or proposed is None:
+            return drafted if proposed is None else proposed
+        return join(drafted, proposed)
+
     def grown(self, drafted: Candidates, fixed_size: bool = False) -> CandidateTree:
         """The best nodes by the drafts and the text so far."""
-        proposed = self.propose()
-        return self.tree(drafted if proposed is None else join(drafted, proposed), fixed_size)
+        pool = self.pool(drafted)
+        assert pool is not None
+        return self.tree(pool, fixed_size)
 
-    def tree(self, candidates: Candidates, fixed_size: bool = False) -> CandidateTree:
-        """The best nodes: no more than the budget, none deeper than what may be emitted for it."""
-        max_depth = None if self.rooms is None else torch.tensor(self.rooms, device=self.anchors.device) - 1
+    @property
+    def max_depth(self) -> Tensor | None:
+        """(B,), how deep a tree may be; `None`: any depth."""
+        return None if self.rooms is None else torch.tensor(self.rooms, device=self.anchors.device) - 1
+
+    def reach(self, candidates: Candidates | None) -> list[float]:
+        """What `paying.trees` weighs: how likely the best, second best, ... node is reached, summed over the rows."""
+        if candidates is None:
+            return []
+        exists = candidates.exists
+        if self.max_depth is not None:
+            exists = exists & (candidates.depths <= self.max_depth[:, None])
+        reached = torch.where(exists, candidates.scores, -torch.inf).exp()
+        return reached.sort(dim=1, descending=True).values.sum(0).tolist()
+
+    def tree(self, candidates: Candidates, fixed_size: bool = False, nodes: int | None = None) -> CandidateTree:
+        """The best nodes: no more than `nodes`, or than the budget, none deeper than what may be emitted for it."""
         return CandidateTree.from_candidates(
             self.anchors,
             candidates,
-            budget=self.options.tree_budget,
-            max_depth=max_depth,
+            budget=self.options.tree_budget if nodes is None else nodes,
+            max_depth=self.max_depth,
             fixed_size=fixed_size or self.fixed_shapes or self.anchors.device.type == "cuda",
         )
 
@@ -123,6 +148,29 @@ def wide_drafts(state: State) -> Draft:
     return drafts.followed_by(state.redraft(prefixes, options.tree_width))
 
 
+def auto(state: State) -> CandidateTree:
+    """What pays now, by what it costs here: nothing drafted, the first drafter alone, or both; see `paying.best`."""
+    options, pace = state.options, state.pace
+    assert pace is not None and options.tree_budget is not None
+    width, budget = options.tree_width, options.tree_budget
+    pool = state.pool()
+    if pace.drafts(state.reach(pool), bool(state.drafters)):
+        drafts = state.draft(width)
+        pace.mark(FIRST)
+        pool = state.pool(expand(drafts, budget, width))
+        count = pace.branches(state.reach(pool))
+        if count:
+            prefixes = likeliest_prefixes(state.anchors, drafts, count, options.second_block_size - 2, width)
+            pace.mark(REST)
+            drafts = drafts.followed_by(state.redraft(prefixes, width))
+            pace.mark(SECOND, count)
+            pool = state.pool(expand(drafts, budget, width))
+    nodes = pace.nodes(state.reach(pool))
+    tree = plain(state) if pool is None or nodes == 1 else state.tree(pool, fixed_size=True, nodes=nodes)
+    pace.mark(REST)
+    return tree
+
+
 def plain(state: State) -> CandidateTree:
     """Nothing drafted: plain decoding."""
     return CandidateTree.anchor_only(state.anchors)
@@ -144,6 +192,8 @@ def policy_of(options: "DecodingOptions") -> Callable[[State], CandidateTree]:
     """The policy that a call's options name."""
     if options.tree_budget == 1:
         return plain
+    if options.auto:
+        return auto
     if not options.drafts:
         return context
     if options.tree_width > 1:

@@ -102,6 +102,17 @@ class DecodingOptions:
         default="walk",
         choices=POLICIES,
     )
+    auto: bool = option(
+        "each cycle drafts, and checks as many nodes, as pays by what that costs on this machine; "
+        "`d2sd_num_branches` and `d2sd_tree_budget` are then the most. False: the same in each cycle, as the options "
+        "or else the pair say",
+        default=False,
+        in_words=(
+            None,
+            "on, unless one of `d2sd_num_branches`, `d2sd_tree_budget`, `d2sd_tree_width`, `d2sd_levels` "
+            "and `d2sd_branch_source` is given, or cycles are compiled",
+        ),
+    )
     attention_backend: str | None = option(
         "which attention checks trees and drafts blocks; one that cannot run is an error",
         default=None,
@@ -118,6 +129,7 @@ class DecodingOptions:
     def __post_init__(self):
         for declared in option_fields():
             _check(declared, getattr(self, declared.name))
+        self._check_auto()
         self._check_width()
         self._check_context()
         if self.levels > 2 and (self.tree_width > 1 or not self.redrafts):
@@ -137,6 +149,14 @@ class DecodingOptions:
             raise ValueError(
                 f"d2sd_branch_source is {self.branch_source!r} and d2sd_tree_width is {self.tree_width}: a tree of "
                 "the likeliest tokens has no use for samples. Set d2sd_tree_width to 1."
+            )
+
+    def _check_auto(self) -> None:
+        if self.auto and (self.compile or self.levels > 2 or not BRANCH_SOURCES[self.branch_source].redrafts):
+            raise ValueError(
+                f"d2sd_auto chooses each cycle's tree anew, and d2sd_compile is {self.compile}, d2sd_levels is "
+                f"{self.levels}, d2sd_branch_source is {self.branch_source!r}: leave these out, or set d2sd_auto to "
+                "False."
             )
 
     def _check_context(self) -> None:
@@ -255,21 +275,37 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
+SHAPING = {"num_branches", "tree_budget", "tree_width", "levels", "branch_source"}  # options that say how trees are
+MOST_NODES, WIDTH = 64, 8  # of trees that nobody said the size of
+
+
+def _leave_open(chosen: dict, given: set[str]) -> None:
+    """Of the pair's defaults for trees that are the same in each cycle, what still holds where each is chosen anew."""
+    if "tree_budget" not in given:
+        chosen["tree_budget"] = max(MOST_NODES, chosen["tree_budget"] or 0)
+    if "tree_width" not in given and chosen["tree_width"] == 1:
+        chosen["tree_width"] = WIDTH
+
+
 def settle(assistant: D2SDAssistant, generation_config: GenerationConfig) -> DecodingOptions:
     """The call's options where given, else the assistant's.
 
     Raises:
         ValueError: for values out of range, or branches without a second drafter.
     """
-    config, chosen = assistant.config, {}
+    config, chosen, given = assistant.config, {}, set()
     drafts = assistant.first is not None
     for declared in option_fields():
         value = getattr(generation_config, PREFIX + declared.name, None)
+        given |= {declared.name} if value is not None else set()
         if value is None and declared.metadata["of_pair"] is not None:
             value = getattr(config, declared.metadata["of_pair"])
         if value is not None or declared.default is MISSING:
             chosen[declared.name] = value
     chosen.setdefault("compile", assistant.compile_options is not None)
+    chosen.setdefault("auto", not given & SHAPING and not chosen["compile"])
+    if chosen["auto"] is True and drafts:
+        _leave_open(chosen, given)
     first, second = config.first.block_size, config.second.block_size if config.second is not None else None
     block_size = first if chosen["block_size"] is None else chosen["block_size"]
     second_size = (second or first) - (first - block_size) if isinstance(block_size, int) else 0

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from .paying import Decisions
 from .tree import FROM_CONTEXT, FROM_FIRST, FROM_SECOND, FROM_TARGET, HostTree
 
 _SOURCE_NAMES = {FROM_TARGET: "target", FROM_FIRST: "first", FROM_SECOND: "second", FROM_CONTEXT: "context"}
@@ -49,6 +50,7 @@ class D2SDStats:
         default_factory=Counter
     )  # accepted tokens by rank: 0 first block, 1.. branches, -1 context
     attention_backend: str = ""
+    decisions: Decisions | None = None  # with `d2sd_auto` what was decided in each cycle, and why
     trace: list[Cycle] | None = None  # with `d2sd_trace=True` every cycle's tree
 
     @property

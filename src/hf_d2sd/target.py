@@ -182,6 +182,8 @@ class Target:
         """One pass over the N nodes, each seeing the cache and its own ancestors; the cache grows by all nodes."""
         if self.cache.state_layers:
             return self._verify_chains(Chains.of_tree(tree))
+        if len(tree) == 1 and self._decodes_plainly:
+            return self._verify_anchor(tree)
         nodes, places = Nodes.of_tree(tree), self.cache.places()
         prepared = self.attention.prepare(nodes, self.cache, places, self.model.dtype)
         positions = self._positions_at(tree.depths)
@@ -189,6 +191,19 @@ class Target:
         with self.attention.active_at(prepared, positions, nodes, places):
             logits, hidden_states = forward(self.run, inputs, self._capture)
         return TargetPass(logits, hidden_states, None, nodes, places)
+
+    @property
+    def _decodes_plainly(self) -> bool:
+        """Whether a pass over the anchors alone is one of plain decoding: no tree, and the model's own attention."""
+        lengths, own = self.cache.lengths, self.attention
+        return self.run is self.model and min(lengths) == max(lengths) and not (own.by_position or own.tells_positions)
+
+    def _verify_anchor(self, tree: CandidateTree) -> TargetPass:
+        """As `verify`, of one node in each row: it sees all that the cache hands out, so that no mask is needed."""
+        none = self.attention.as_argument(dict.fromkeys(self.attention.windows))
+        inputs = tree_inputs(tree.tokens, self._positions_at(tree.depths), none, self.cache)
+        logits, hidden_states = forward(self.run, inputs, self._capture)
+        return TargetPass(logits, hidden_states, None, None, {})
 
     def _positions_at(self, depths: Tensor) -> Tensor:
         """Of nodes at these depths (B, N): (B, N), or (A, B, N) for a target whose positions have A axes.
@@ -219,7 +234,11 @@ class Target:
         if step.chains is not None:
             paths = step.chains.chains.slots.gather(1, paths)
             step.chains.keep(paths, counts)
-        self.cache.keep(step.places, paths, counts)
+        if step.nodes is not None:
+            self.cache.keep(step.places, paths, counts)
+        elif min(counts) == 0:  # else the pass has left the cache as it shall be
+            for layer in self.cache.layers:
+                layer.set_lengths([length - 1 + count for length, count in zip(layer.lengths, counts)])
         self.positions = [position + count for position, count in zip(self.positions, counts)]
 
     def select(self, staying: list[int]) -> None:

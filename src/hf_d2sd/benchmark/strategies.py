@@ -131,6 +131,7 @@ def all_strategies(num_branches: int = 4, width: int = WIDTH, budget: int = WIDE
             {**wide, "num_branches": num_branches, "context": budget},
             ours=True,
         ),
+        Strategy("auto", "in each cycle what pays on this machine", "first", _pair, {"auto": True}, ours=True),
     ]
     return {strategy.name: strategy for strategy in listed}
 

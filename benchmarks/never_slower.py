@@ -1,0 +1,120 @@
+"""Is a call that says nothing of trees ever slower than plain decoding? On SmolLM2-135M-Instruct, where it runs.
+
+python benchmarks/never_slower.py --out FOLDER [--pair FOLDER] [--threads 2] [--samples 2] [--new 96]
+
+times plain decoding and `auto` in batches of 1, 4 and 16, and on text without structure: random tokens as prompts, at
+temperature 2. Then `hf-d2sd bench` runs with all strategies, greedy and at temperature 0.7. All that for both dtypes.
+A killed run goes on where it stopped; a measurement is a line of FOLDER/batches.jsonl as soon as it is there.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+from smollm2 import NAME, load_smollm2  # noqa: E402
+
+from hf_d2sd import D2SDAssistant, records  # noqa: E402
+from hf_d2sd.benchmark.options import BenchOptions  # noqa: E402
+from hf_d2sd.benchmark.run import bench  # noqa: E402
+from hf_d2sd.benchmark.suites import chat_text, read_suites  # noqa: E402
+
+PROMPTS = sorted((HERE / "prompts").glob("*.jsonl"))
+BATCHES, NOISE, REPEATS = (1, 4, 16), 3, 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--pair", default=str(HERE.parent / "hub_cards" / f"{NAME}-D2SD"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=2, help="prompts of each task")
+    parser.add_argument("--new", type=int, default=96, help="tokens of each answer")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--only_batches", action="store_true", help="leave the side by side of all strategies out")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+    for dtype in options.dtypes:
+        batches(options, dtype)
+        for temperature in () if options.only_batches else (0.0, 0.7):
+            side_by_side(options, dtype, temperature)
+    report(records.read(options.out / "batches.jsonl"))
+
+
+def side_by_side(options, dtype: str, temperature: float) -> None:
+    """All strategies on a few prompts of each task."""
+    cache = Path(os.environ.get("HF_D2SD_CACHE") or Path.home() / ".cache" / "hf-d2sd")
+    settings = dict(max_samples=options.samples, max_new_tokens=options.new, threads=options.threads, probes=0)
+    run = BenchOptions(
+        target=str(cache / NAME),
+        drafters=[options.pair],
+        prompts=PROMPTS,
+        out=options.out / f"{dtype}-{temperature}",
+        dtype=dtype,
+        temperature=temperature,
+        **settings,
+    )
+    bench(run)
+
+
+def batches(options, dtype: str) -> None:
+    """Plain decoding and `auto` in turns, on batches of prompts and on noise."""
+    file = options.out / "batches.jsonl"
+    done = {tuple(row["key"]) for row in records.read(file)}
+    model, tokenizer = load_smollm2(getattr(torch, dtype))
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    assistant = D2SDAssistant.from_pretrained(options.pair, dtype=model.dtype)
+    texts = [chat_text(tokenizer, list(p.turns[:1]), [], None, {}) for p in read_suites(PROMPTS, options.samples)]
+    for name, inputs, sampling in cases(tokenizer, texts, model.config.vocab_size):
+        for repeat in range(REPEATS):
+            key = (dtype, name, repeat)
+            if key not in done:
+                seconds = timed(model, assistant, inputs, options.new, repeat, sampling)
+                decisions = str(assistant.last_stats.decisions)
+                records.append(file, {"key": key, "seconds": seconds, "decisions": decisions})
+
+
+def cases(tokenizer, texts: list[str], vocab: int):
+    """Name, inputs of `generate`, and how it samples."""
+    for rows in BATCHES:
+        chosen = [texts[i % len(texts)] for i in range(rows)]
+        yield f"batch of {rows}", tokenizer(chosen, return_tensors="pt", padding=True, add_special_tokens=False), {}
+    for seed in range(NOISE):
+        ids = torch.randint(vocab, (1, 128), generator=torch.Generator().manual_seed(seed))
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        yield f"noise {seed}", inputs, dict(do_sample=True, temperature=2.0, top_k=0)
+
+
+def timed(model, assistant, inputs, new: int, repeat: int, sampling: dict) -> dict[str, float]:
+    """Seconds of a call, the prompt's pass included; who goes first alternates."""
+    ways = {"plain": {}, "auto": dict(assistant_model=assistant, d2sd_auto=True)}
+    seconds = {}
+    for name in list(ways) if repeat % 2 else reversed(ways):
+        set_seed(repeat)
+        start = time.perf_counter()
+        arguments = {"do_sample": False, **sampling, "max_new_tokens": new, "min_new_tokens": new}
+        model.generate(**inputs, **arguments, **ways[name])
+        seconds[name] = time.perf_counter() - start
+    return seconds
+
+
+def report(rows: list[dict]) -> None:
+    """The median of plain over `auto`, by dtype and case."""
+    found: dict[tuple, list[float]] = {}
+    for row in rows:
+        found.setdefault(tuple(row["key"][:2]), []).append(row["seconds"]["plain"] / row["seconds"]["auto"])
+    for (dtype, name), ratios in found.items():
+        middle = sorted(ratios)[len(ratios) // 2]
+        print(f"{dtype} {name}: {middle:.2f} times plain ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()

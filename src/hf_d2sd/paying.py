@@ -1,0 +1,322 @@
+"""What pays: whether a cycle drafts, whether the second drafter does too, and how many nodes the target checks.
+
+All of it is one rule, `best`, applied to what is known at each step of a cycle. The costs that it needs are measured
+(`costs.py`), the probabilities are the drafts' own, corrected by how often they were right.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from .costs import FIRST, PASS, REST, SECOND, SIZES, CostTable, Part, Stopwatch, Tally
+
+SHARE = 0.02  # of a call's time that trying may cost, beside what it begins with
+BEGINNING = 1.0  # plain steps that a call may lose before anything was gained
+MOST = 4.0  # plain steps of gains that may be lost again
+LONGEST = 64.0  # plain steps between tries, however often they lost
+EVERY = 4  # in the first cycles, each so many take a size that was not measured yet
+LEARNING = 64  # cycles
+
+PLAIN, FREE, ONLY_FIRST, BOTH = "plain", "free", "first", "both"  # kinds of cycles
+
+
+@dataclass(frozen=True)
+class Offer:
+    """One way to go on: what it is, the tokens that it is expected to yield, and its cost in plain steps."""
+
+    what: int
+    tokens: float
+    cost: float
+
+    def value(self, rate: float) -> float:
+        """What is left of its tokens, where its time would otherwise yield `rate` tokens a plain step."""
+        return self.tokens - rate * self.cost
+
+
+def best(offers: Iterable[Offer], rate: float) -> Offer:
+    """The offer to take, the first of equals: the one of the greatest `tokens - rate * cost`.
+
+    Decoding is a renewal process: cycles in situations s, each with its offers, follow each other, and what counts is
+    the tokens of all cycles over the time of all. With a policy π that is R(π) = E[tokens(π(s))] / E[cost(π(s))]. Let
+    R* be the greatest rate. Then E[tokens - R* cost] ≤ 0 for every policy, with equality for the best one; and this
+    expectation is greatest where it is greatest in each situation by itself (Dinkelbach 1967). So the best policy
+    takes in each situation the offer with the greatest tokens - R* cost, whatever other situations there are. R* is
+    not known, but taking the rate of the policy so far in its place gives a better policy unless it is the best.
+
+    Two things follow. What was spent in a cycle is no offer's, and drops out: a draft that was made is not a reason to
+    check it. And of trees of the n best nodes, with 1 + p_1 + ... + p_{n-1} tokens and cost c(n), the next node pays
+    if its probability is above what its time would yield elsewhere: p_n > rate * (c(n + 1) - c(n)).
+    """
+    return max(offers, key=lambda offer: offer.value(rate))
+
+
+def trees(reach: Sequence[float], cost: Callable[[int], float], rows: int, sizes: Iterable[int]) -> list[Offer]:
+    """Trees of the n best nodes a row, by their sizes n, the anchor included.
+
+    Args:
+        reach: the probability that the best, second best, ... node below the anchor is reached, summed over the rows.
+        cost: of a cycle with a pass over n nodes a row, or of what is left of it.
+        rows: each yields the target's own token.
+    """
+    found, tokens, at = [], float(rows), 0
+    for size in sorted(sizes):
+        tokens += sum(reach[at : size - 1])
+        at = max(size - 1, at)
+        if at <= len(reach) or size == 1:
+            found.append(Offer(size, tokens, cost(size)))
+    return found
+
+
+class Purse:
+    """What trying may still cost a call, in plain steps: a bound of what drafts that do not pay take from it.
+
+    A call may lose `beginning` and a share `SHARE` of the plain steps that its tokens would take; what drafts gained
+    it may lose again, up to `MOST`. While drafts lose, those that are tried become rarer.
+    """
+
+    def __init__(self, beginning: float = BEGINNING):
+        self.held = beginning
+        self.streak = 0.0  # of gains and losses, the latest count most
+        self.wait = 0.0  # plain steps from a try that lost to the next one
+        self.waited = 0.0
+
+    @property
+    def gains(self) -> bool:
+        """Whether drafting has paid lately, as far as is known."""
+        return self.streak >= 0
+
+    def affords(self, price: float) -> bool:
+        """Whether so much may be lost."""
+        return price <= self.held
+
+    def tries(self, price: float) -> bool:
+        """Whether it is time to try something that could lose so much."""
+        return self.affords(price) and (self.gains or self.waited >= self.wait)
+
+    def saw(self, steps: float, cost: float | None = None) -> None:
+        """A cycle yielded what `steps` plain steps yield, at that cost; `None`: it was one."""
+        net = 0.0 if cost is None else steps - cost
+        self.held = min(self.held + SHARE * steps + net, MOST)
+        self.waited += steps
+        if cost is not None:
+            self.streak = 0.8 * self.streak + net
+            self.wait, self.waited = 0.0 if net > 0 else min(max(2 * self.wait, 1.0), LONGEST), 0.0
+
+
+@dataclass
+class Decisions:
+    """What was decided in a call's cycles, why, and what that was expected to cost."""
+
+    kinds: Counter[str] = field(default_factory=Counter)  # cycles: plain, free (no drafter's pass), first, both
+    nodes: Counter[int] = field(default_factory=Counter)  # cycles by nodes checked in each row
+    branches: Counter[int] = field(default_factory=Counter)  # cycles by blocks of the second drafter
+    reasons: Counter[str] = field(default_factory=Counter)  # cycles by why they were as they were
+    predicted: float = 0.0  # cost of the cycles that were measured, in plain steps, as their decisions had it
+    measured: float = 0.0  # and as it was
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common())
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in self.reasons.most_common(3))
+        return f"{kinds}; cost {self.measured:.1f} plain steps, {self.predicted:.1f} expected; {reasons}"
+
+
+class Pace:
+    """Decides for one call, cycle by cycle, and learns from what came of it.
+
+    Args:
+        table_at: for a number of rows and a length, what cycles cost there.
+        watch: takes the times.
+        most_branches, most_nodes: bounds of what is decided on.
+    """
+
+    def __init__(
+        self,
+        table_at: Callable[[int, int], CostTable],
+        watch: Stopwatch,
+        most_branches: int,
+        most_nodes: int,
+    ):
+        self._table_at, self.watch = table_at, watch
+        self._counts = [count for count in (1, 2, 4, 8, 16) if count < most_branches]
+        self._counts += [most_branches] if most_branches else []
+        self._sizes = [size for size in SIZES if size <= most_nodes]
+        self.decisions = Decisions()
+        self.purse = Purse(0.0)
+        self._has_begun = False
+        self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
+        self._drafted = Tally(0.0, 0.0, keeps=0.9)  # what cycles with a draft are worth, a row
+        self._yields: dict[str, Tally] = {}
+        self._expected: list[float] = []  # costs of the cycles whose times are not known yet
+        self._where: list[CostTable] = []  # and their tables
+
+    # A cycle, in order ----------------------------------------------------------------------------------------------
+
+    def begin(self, rows: int, length: int) -> None:
+        """A cycle begins, of so many rows, the longest of `length` tokens."""
+        self.rows, self.table = rows, self._table_at(rows, length)
+        if not self._has_begun:
+            self.purse, self._has_begun = Purse(BEGINNING if self.table.trust >= 0 else 0.0), True
+        self._parts: list[Part] = []
+        self._kind, self._reason, self._measures = PLAIN, "no room for more than a token", False
+        self._raw = self._before = self._prefixes = 0.0
+        self.watch.start()
+
+    def drafts(self, reach: Sequence[float], has_drafter: bool = True) -> bool:
+        """Whether the first drafter shall draft. `reach`, see `trees`: of nodes that need no drafter's pass."""
+        table = self.table
+        self._kind, self._reason = FREE if reach else PLAIN, ""
+        if not table.is_measured:
+            self._reason, self._measures = "measuring a plain step", True
+            return False
+        self._measures = table.since_plain >= min(256, 16 * table.plain_steps)
+        if self._measures:
+            self._reason = "measuring a plain step again"
+            return False
+        if not has_drafter:
+            return False
+        if not self.purse.tries(table.of((FIRST, 1))):
+            self._reason = "drafts do not pay here"
+            return False
+        if (
+            reach
+            and self._drafted.to
+            and self._drafted.ratio < self._best_tree(FREE, reach).value(self.rate) / self.rows
+        ):
+            self._reason = "the text so far does as well"
+            return False
+        self._kind = ONLY_FIRST
+        return True
+
+    def branches(self, reach: Sequence[float]) -> int:
+        """K: after how many prefixes the second drafter shall draft, 0 for not at all. `reach`: by the first draft."""
+        self._before = self._best_tree(ONLY_FIRST, reach).value(self.rate)
+        offers = [Offer(0, 0.0, 0.0)]
+        for count in self._counts:
+            cost = self.table.of(*self._parts, (SECOND, count))
+            if self.purse.affords(cost):
+                offers.append(Offer(count, self._gain(count) * sum(reach[:count]), self.table.curves[SECOND](count)))
+        count = self._untried([offer.what for offer in offers if offer.what]) or best(offers, self.rate).what
+        self._prefixes = sum(reach[:count])
+        self._kind = BOTH if count else ONLY_FIRST
+        return count
+
+    def nodes(self, reach: Sequence[float]) -> int:
+        """How many nodes of each row the target shall check. `reach`, see `trees`: by all sources."""
+        if self._kind in (PLAIN, FREE) and (not reach or self._measures):
+            self._kind, self._reason = PLAIN, self._reason or "nothing to check"
+            return 1
+        tree = self._best_tree(self._kind, reach)
+        if self._kind == BOTH:
+            gain = self._tally(f"gain:{self._count}")
+            gain_now = tree.value(self.rate) - self._before
+            for tally in (gain, self.table.yielded(f"gain:{self._count}")):
+                tally.add(gain_now, self._prefixes)
+        size = self._unmeasured(tree.what, len(reach)) or tree.what
+        self._raw = sum(reach[: size - 1])
+        if not self._reason:
+            self._reason = _REASONS[self._kind] if size > 1 else "no node pays for itself"
+        if size == 1 and self._kind == FREE:
+            self._kind = PLAIN
+        return size
+
+    def mark(self, name: str, size: int = 1) -> None:
+        """What ran since the last mark was this part of the cycle."""
+        self.watch.mark(name, size)
+        if name != REST:
+            self._parts.append((name, size))
+
+    def end(self, tokens: int, accepted: int) -> None:
+        """The cycle is over: tokens that all rows emitted, and drafted nodes among them."""
+        self.watch.stop()
+        table, parts = self.table, tuple(self._parts)
+        cost, plain = table.of(*parts), parts == ((PASS, 1),)
+        table.since_plain = 0 if plain else table.since_plain + 1
+        steps = tokens / self.rows
+        self.purse.saw(steps, None if plain else cost)
+        self._rate.add(steps, cost)
+        if not plain:
+            self._learn(steps, cost, accepted)
+        self._note(cost)
+
+    def _learn(self, steps: float, cost: float, accepted: int) -> None:
+        table = self.table
+        with table.lock:
+            table.trust = 0.95 * table.trust + 0.05 * (steps - cost)
+            for tally in (self._tally(self._kind), table.yielded(self._kind)):
+                tally.add(accepted, self._raw)
+        if self._kind in (ONLY_FIRST, BOTH):
+            self._drafted.add(steps - self.rate / self.rows * cost, 1.0)
+
+    def _note(self, cost: float) -> None:
+        decisions, parts = self.decisions, dict(self._parts)
+        decisions.kinds[self._kind] += 1
+        decisions.nodes[parts[PASS]] += 1
+        decisions.branches[parts.get(SECOND, 0)] += 1
+        decisions.reasons[self._reason] += 1
+        self._expected.append(cost)
+        self._where.append(self.table)
+        for seconds in self.watch.finished():
+            decisions.predicted += self._expected.pop(0)
+            decisions.measured += self._where.pop(0).see(seconds)
+
+    # What it knows --------------------------------------------------------------------------------------------------
+
+    @property
+    def rate(self) -> float:
+        """Tokens of all rows that a plain step's time yields: at least those of the plain step."""
+        return self.rows * max(1.0, self._rate.ratio)
+
+    @property
+    def _count(self) -> int:
+        return dict(self._parts).get(SECOND, 0)
+
+    def _tally(self, kind: str) -> Tally:
+        if kind not in self._yields:
+            self._yields[kind] = self.table.yielded(kind).begun()
+        return self._yields[kind]
+
+    def _gain(self, count: int) -> float:
+        return max(self._tally(f"gain:{count}").ratio, 0.0)
+
+    def _best_tree(self, kind: str, reach: Sequence[float]) -> Offer:
+        """Of the trees that the purse affords."""
+        right, spent = self._tally(kind).ratio, tuple(self._parts)
+
+        def cost(size: int) -> float:
+            return self.table.of(*spent, (PASS, size))
+
+        sizes = [size for size in self._sizes if size == 1 or self.purse.affords(cost(size) - 1)]
+        return best(trees([right * p for p in reach], cost, self.rows, sizes), self.rate)
+
+    def _untried(self, counts: list[int]) -> int | None:
+        """Now and then one of these numbers of branches, whatever it promises: else nothing would be known of it."""
+        cycles, measured = self.table.cycles, self.table.curves[SECOND].counts
+        if cycles < LEARNING:
+            counts = [count for count in counts if measured.get(count, 0) < 2]
+            due = cycles % EVERY == EVERY // 2
+        else:
+            due = cycles % LEARNING == 0
+        if not counts or not due:
+            return None
+        self._reason = "trying the second drafter"
+        return counts[cycles // LEARNING % len(counts)]
+
+    def _unmeasured(self, size: int, most: int) -> int | None:
+        """In a place that is new, now and then, a size next to the best one that was hardly measured."""
+        table, at = self.table, self._sizes.index(size)
+        if size == 1 or table.cycles >= LEARNING or table.cycles % EVERY:
+            return None
+        counts, spent = table.curves[PASS].counts, tuple(self._parts)
+        for other in self._sizes[at + 1 : at + 2] + self._sizes[max(at - 1, 1) : at]:
+            price = table.of(*spent, (PASS, other)) - 1
+            if other <= most + 1 and counts.get(other, 0) < 2 and self.purse.affords(price):
+                self._reason = "measuring a tree of this size"
+                return other
+        return None
+
+
+_REASONS = {
+    FREE: "the text so far pays",
+    ONLY_FIRST: "the first draft pays, the second would not",
+    BOTH: "both drafts pay",
+}

@@ -1,0 +1,234 @@
+"""What pays: the rule against every policy that there is, and what trying may cost."""
+
+import itertools
+import random
+
+import pytest
+
+from hf_d2sd.costs import FIRST, PASS, REST, SECOND, CostTable, Curve
+from hf_d2sd.paying import BEGINNING, MOST, SHARE, Offer, Pace, Purse, best, trees
+
+
+def rate_of(policy, situations) -> float:
+    """Tokens a plain step of a policy, an offer for each situation, all situations being as frequent."""
+    return sum(offer.tokens for offer in policy) / sum(offer.cost for offer in policy)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_policy_is_faster_than_the_rule(seed):
+    """All policies are listed: an offer in each of up to four situations. The rule learns the rate from itself."""
+    rng = random.Random(seed)
+    situations = [
+        [Offer(n, rng.uniform(1, 6), rng.uniform(0.5, 3)) for n in range(rng.randint(1, 5))]
+        for _ in range(rng.randint(1, 4))
+    ]
+    fastest = max(rate_of(policy, situations) for policy in itertools.product(*situations))
+    rate = 1.0
+    for _ in range(10):
+        rate = rate_of([best(offers, rate) for offers in situations], situations)
+    assert rate == pytest.approx(fastest)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_tree_is_the_best_of_all_that_could_be_checked(seed):
+    """Any set of nodes, not only the likeliest ones: tokens are the anchor's and the nodes' probabilities."""
+    rng = random.Random(seed)
+    reach = sorted((rng.random() for _ in range(8)), reverse=True)
+    steps = list(itertools.accumulate(rng.uniform(0, 0.6) for _ in range(9)))
+    rate, rows = rng.uniform(0.5, 3), rng.choice([1, 1, 4])
+
+    def cost(size):
+        return 0.3 + steps[size - 1]
+
+    chosen = best(trees(reach, cost, rows, range(1, 10)), rate)
+    values = [
+        rows + sum(nodes) - rate * cost(1 + count)
+        for count in range(9)
+        for nodes in itertools.combinations(reach, count)
+    ]
+    assert chosen.value(rate) == pytest.approx(max(values))
+
+
+def test_a_node_is_checked_as_long_as_its_probability_is_above_what_its_time_would_yield():
+    reach = [0.9, 0.6, 0.4, 0.25, 0.1]
+    offers = trees(reach, lambda size: 1 + 0.1 * (size - 1), 1, range(1, 7))
+    assert best(offers, 3.0).what == 1 + sum(p > 3.0 * 0.1 for p in reach) == 4
+
+
+def test_a_size_beyond_the_candidates_is_no_offer():
+    assert [offer.what for offer in trees([0.5, 0.4], lambda size: size, 1, (1, 2, 3, 4, 8))] == [1, 2, 3]
+    assert [offer.what for offer in trees([], lambda size: size, 1, (1, 2))] == [1]
+
+
+# What trying may cost ------------------------------------------------------------------------------------------------
+
+
+def lost(purse: Purse, steps: int, price: float, yields) -> tuple[float, int]:
+    """Plain steps lost to tries in a call of so many plain steps' tokens, and how many tries there were.
+
+    Args:
+        price: cost of a try beside the plain step's.
+        yields: of a try, by its number, plain steps' worth of tokens.
+    """
+    done, time, tries = 0.0, 0.0, 0
+    while done < steps:
+        if purse.tries(price):
+            got, cost = yields(tries), 1 + price
+            purse.saw(got, cost)
+            done, time, tries = done + got, time + cost, tries + 1
+        else:
+            purse.saw(1.0)
+            done, time = done + 1, time + 1
+    return time - done, tries
+
+
+@pytest.mark.parametrize("price", [0.05, 0.3, 0.9, 2.5])
+@pytest.mark.parametrize("steps", [96, 400, 3000])
+def test_drafts_that_are_always_wrong_cost_three_percent_at_most(steps, price):
+    loss, tries = lost(Purse(), steps, price, lambda number: 1.0)
+    assert loss <= BEGINNING + SHARE * steps
+    assert loss <= 0.0305 * steps
+    assert tries >= 1 or price > BEGINNING
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_comes_of_tries_no_call_loses_more_than_its_bound(seed):
+    rng = random.Random(seed)
+    good = rng.random()
+    loss, _ = lost(Purse(), 500, rng.uniform(0.1, 1), lambda number: 3.0 if rng.random() < good else 1.0)
+    assert loss <= BEGINNING + SHARE * 500
+
+
+def test_tries_become_rarer_while_they_lose_and_are_all_there_is_once_they_gain():
+    purse, price, gaps, gap = Purse(), 0.2, [], 0
+    for _ in range(2000):
+        if purse.tries(price):
+            purse.saw(1.0, 1 + price)
+            gaps, gap = [*gaps, gap], 0
+        else:
+            purse.saw(1.0)
+            gap += 1
+    assert gaps[:3] == [0, 1, 2] and gaps[-1] == 64
+    while not purse.tries(price):
+        purse.saw(1.0)
+    for _ in range(30):  # the text is draftable again
+        assert purse.tries(price)
+        purse.saw(3.0, 1 + price)
+
+
+def test_what_was_gained_is_not_lost_for_long():
+    purse = Purse()
+    for _ in range(500):
+        purse.saw(5.0, 1.5)
+    assert purse.held == MOST
+    losses = 0
+    while purse.tries(0.5) and losses < 50:
+        purse.saw(1.0, 1.5)
+        losses += 1
+    assert losses < 15
+
+
+# A cycle's decisions -------------------------------------------------------------------------------------------------
+
+
+class NoWatch:
+    def start(self): ...
+    def stop(self): ...
+    def mark(self, *part): ...
+    def finished(self):
+        return []
+
+
+def measured_table(first=0.2, second=0.3, node=0.03, rest=0.05, rows=1) -> CostTable:
+    curves = {
+        FIRST: Curve([(1, first)]),
+        SECOND: Curve([(1, second), (4, 2 * second)]),
+        PASS: Curve([(1, 0.95), (64, 0.95 + 63 * node)]),
+        REST: Curve([(1, rest)]),
+    }
+    return CostTable(curves, unit=[0.01] * 4, plain_steps=16, cycles=1000)
+
+
+def decided(reach_first, reach_both, table, **held):
+    pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
+    pace.begin(1, 10)
+    pace.purse.held = held.get("held", MOST)
+    if not pace.drafts([]):
+        return "plain", 0, pace.nodes([])
+    pace.mark(FIRST)
+    count = pace.branches(reach_first)
+    if count:
+        pace.mark(SECOND, count)
+    size = pace.nodes(reach_both if count else reach_first)
+    return pace._kind, count, size
+
+
+def test_certain_drafts_need_no_second_drafter_and_all_their_nodes_are_checked():
+    certain = [0.99**i for i in range(1, 8)]
+    table = measured_table(second=3.0)
+    assert decided(certain, certain, table) == ("first", 0, 8)
+
+
+def test_the_second_drafter_runs_where_it_is_cheap():
+    reach = [0.8, 0.5, 0.3, 0.2, 0.1, 0.05]
+    kind, count, size = decided(reach, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], measured_table(second=0.02))
+    assert kind == "both" and count >= 1 and size > 3
+
+
+def test_a_draft_that_is_sure_of_nothing_is_not_checked():
+    assert decided([0.02, 0.01], [], measured_table()) == ("first", 0, 1)
+
+
+def test_nobody_drafts_with_an_empty_purse():
+    assert decided([0.9], [0.9], measured_table(), held=0.0) == ("plain", 0, 1)
+
+
+def test_a_tree_is_no_larger_than_what_may_be_lost():
+    likely = [0.99] * 40
+    table = measured_table(second=3.0, node=0.05)
+    _, _, size = decided(likely, likely, table, held=0.6)
+    cost = table.of((FIRST, 1), (PASS, size))
+    assert 1 < size < 41 and cost - 1 <= 0.6
+
+
+def test_candidates_that_need_no_draft_are_checked_by_themselves():
+    table = measured_table()
+    pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
+    pace.begin(1, 10)
+    pace.purse.held = 0.3  # enough for nodes, not for a draft that may lose as much
+    pace.purse.streak, pace.purse.wait = -1.0, 8.0
+    reach = [0.9, 0.8, 0.7]
+    assert not pace.drafts(reach)
+    assert pace.nodes(reach) == 4 and pace._kind == "free"
+    pace.mark(PASS, 4)
+    pace.end(tokens=3, accepted=2)
+    assert pace.decisions.kinds == {"free": 1} and pace.decisions.nodes == {4: 1}
+
+
+def test_one_decision_holds_for_all_rows_of_a_batch():
+    """Probabilities are summed over the rows, and a node must pay for its place in each of them."""
+    table = measured_table(second=9.0, node=0.1)
+    alone = decided([0.5] * 7, [], table)[2]
+    pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
+    pace.begin(4, 10)
+    pace.purse.held = MOST
+    assert pace.drafts([])
+    pace.mark(FIRST)
+    assert pace.branches([4 * 0.5] * 7) == 0
+    assert pace.nodes([4 * 0.5] * 7) == alone
+
+
+def test_drafts_whose_words_do_not_hold_are_believed_less():
+    table = measured_table(second=9.0, node=0.15)
+    pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
+    sizes = []
+    for _ in range(60):
+        pace.begin(1, 10)
+        pace.purse.held, pace.purse.wait = MOST, 0.0  # as if losing did not matter
+        assert pace.drafts([])
+        pace.mark(FIRST)
+        pace.branches([0.9, 0.8, 0.7, 0.6])
+        sizes.append(pace.nodes([0.9, 0.8, 0.7, 0.6]))
+        pace.mark(PASS, sizes[-1])
+        pace.end(tokens=1, accepted=0)
+    assert sizes[0] == 4 and sum(size > 1 for size in sizes[-30:]) <= 10, sizes
