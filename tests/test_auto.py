@@ -199,7 +199,8 @@ def run(assistant, ids, target, sequence, accuracy, new, confidence=0.9):
     """The decisions of a call in which so many of the drafted tokens are right."""
     with pytest.MonkeyPatch.context() as patch:
         OracleDrafts(patch, sequence, accuracy, confidence, seed=1)
-        got = target.generate(ids, do_sample=False, max_new_tokens=new, assistant_model=assistant, d2sd_auto=True)
+        options = {"d2sd_auto": True, "d2sd_context": 0}  # of drafts alone
+        got = target.generate(ids, do_sample=False, max_new_tokens=new, assistant_model=assistant, **options)
     assert got[0].tolist() == sequence.tolist()
     return assistant.last_stats.decisions
 

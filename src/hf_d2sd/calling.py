@@ -66,11 +66,9 @@ def assisted_decode(
         _check_recurrent(shapes is not contextlib.nullcontext, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
+    pace = _open_pace(assistant, worker, drafters, options, stats)
     context = ContextSource(texts_of(input_ids, prompt.mask)) if options.context_nodes else None
-    pace = _open_pace(assistant, worker, drafters, options) if options.auto else None
-    stats.decisions = pace.decisions if pace is not None else None
-    batch = Batch(worker, drafters, choosers, options, context=context, pace=pace)
-    decode(batch, passes, observer, shapes)
+    decode(Batch(worker, drafters, choosers, options, context=context, pace=pace), passes, observer, shapes)
     observer.end()
     choosers.cut()
     output = _join_output(worker if returns_cache else None, prompt, choosers, generation_config, user_cache)
@@ -107,8 +105,12 @@ def _open_drafters(
     return [Drafter(model, worker.model, context, backend) for model, context in zip(models, contexts)]
 
 
-def _open_pace(assistant: D2SDAssistant, worker: Target, drafters: list[Drafter], options: DecodingOptions) -> Pace:
-    """What decides in each cycle, with what earlier calls measured."""
+def _open_pace(
+    assistant: D2SDAssistant, worker: Target, drafters: list[Drafter], options: DecodingOptions, stats: D2SDStats
+) -> Pace | None:
+    """What decides in each cycle, with what earlier calls measured; `None` where the options do."""
+    if not options.auto:
+        return None
     costs, networks = costs_of(assistant), [drafter.model for drafter in drafters]
 
     def table_at(rows: int, length: int):
@@ -116,7 +118,9 @@ def _open_pace(assistant: D2SDAssistant, worker: Target, drafters: list[Drafter]
         return costs.at(place, lambda: guess(place, worker.model, networks))
 
     branches = options.num_branches if options.redrafts else 0
-    return Pace(table_at, Stopwatch(worker.device), branches, options.tree_budget or MOST_NODES)
+    pace = Pace(table_at, Stopwatch(worker.device), branches, options.tree_budget or MOST_NODES)
+    stats.decisions = pace.decisions
+    return pace
 
 
 def _is_cache_seen(prompt: Prompt, generation_config: GenerationConfig, user_cache) -> bool:
