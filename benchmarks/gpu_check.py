@@ -114,7 +114,7 @@ def worst_error(name: str, dtype: torch.dtype, trees: int) -> tuple[float, float
         plan = plan_layer(KERNELS[name], nodes, segments, layer.place(), layer, window, dtype)
         key, value = layer.update(*own)
         got = cascade(
-            query, key, value, plan.bounds, plan.edge, plan.mask, plan.prefix, plan.segments, sinks, name, 128**-0.5,
+            query, key, value, plan.bounds, plan.few, plan.mask, plan.prefix, plan.segments, sinks, name, 128**-0.5,
             0.0, plan.longest, plan.deepest, plan.causal, plan.has_prefix,
         )  # fmt: skip
         ends = torch.tensor(lengths, device=CUDA)[:, None, None]

@@ -5,8 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import PackedReference
+from reference import (
+    PackedReference,
+    dense_flash,
+    efficient,
+    flash_cache_kernel,
+    torch_kernel,
+    with_kvcache_2,
+    with_kvcache_3,
+)
 
+from hf_d2sd import cache, kernels
 from hf_d2sd.kernels import KERNELS
 
 
@@ -22,6 +31,25 @@ def packed(monkeypatch):
     kernel = PackedReference()
     monkeypatch.setitem(KERNELS, kernel.name, kernel)
     return kernel
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The backends of a GPU, and buffers as there, on a CPU: by stand-ins that refuse what the kernels refuse."""
+    packed = PackedReference()
+    packed.is_there = True
+    chosen = {
+        "torch": torch_kernel(packed),
+        "flash_attention_2": flash_cache_kernel("flash_attention_2", with_kvcache_2),
+        "flash_attention_3": flash_cache_kernel("flash_attention_3", with_kvcache_3),
+        "packed": packed,
+    }
+    for name, kernel in chosen.items():
+        monkeypatch.setitem(KERNELS, name, kernel)
+    monkeypatch.setattr(kernels, "_efficient_kernel", efficient)
+    monkeypatch.setattr(kernels, "_flash_kernel", dense_flash)
+    monkeypatch.setattr(cache, "has_heads_side_by_side", lambda states: True)
+    return chosen
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,7 @@ class TreeLayer(DynamicLayer):
 
     is_croppable = True
     is_compileable = False
+    is_known = True  # whether the host knows the lengths at each pass, and launches it call by call
 
     def __init__(self, window: int | None = None):
         super().__init__()
@@ -109,7 +110,7 @@ class TreeLayer(DynamicLayer):
 
     def row_spacing(self, end: int) -> int:
         """How far apart rows are, in tokens, in what is handed out once `end` slots are in use; see `tokens_of`."""
-        if self.is_initialized and self._buffers[0].is_cuda:
+        if self.is_initialized and has_heads_side_by_side(self._buffers[0]):
             return self.capacity_for(end)
         return end - self.first_handed_out
 
@@ -128,8 +129,7 @@ class TreeLayer(DynamicLayer):
             return self._update_slots(self.slots, key_states, value_states)
         first, start, end = self.first_handed_out, self.length, self.length + key_states.shape[2]
         self._reserve(end)
-        for buffer, states in zip(self._buffers, (key_states, value_states)):
-            buffer[:, :, start:end] = states
+        torch._foreach_copy_([buffer[:, :, start:end] for buffer in self._buffers], [key_states, value_states])
         self._set_length(end)
         return self.keys[:, :, first:], self.values[:, :, first:]
 
@@ -170,8 +170,9 @@ class TreeLayer(DynamicLayer):
             return
         nodes, start = nodes.to(self._buffers[0].device), place.start
         if len(nodes) == 1:
-            for buffer in self._buffers:
-                buffer[:, :, start : start + nodes.shape[1]] = buffer.index_select(2, start + nodes[0])
+            behind = [buffer[:, :, start:] for buffer in self._buffers]
+            kept = [states.index_select(2, nodes[0]) for states in behind]
+            torch._foreach_copy_([states[:, :, : nodes.shape[1]] for states in behind], kept)
         else:
             move(self._buffers, start + nodes, targets_of(place, nodes).to(nodes.device, non_blocking=True))
         self.set_lengths([length + count for length, count in zip(place.lengths, counts)])
@@ -312,6 +313,11 @@ def move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
         buffer.scatter_(2, to[:, None, :, None].expand(shape), moved)
 
 
+def has_heads_side_by_side(states: Tensor) -> bool:
+    """Whether a buffer for such states is to hold a token's heads one behind the other."""
+    return states.is_cuda
+
+
 def empty_buffer(like: Tensor, capacity: int) -> Tensor:
     """(B, H, capacity, D). On a GPU a token's heads lie side by side, as FlashAttention's packed sequences want it.
 
@@ -319,7 +325,7 @@ def empty_buffer(like: Tensor, capacity: int) -> Tensor:
     """
     rows, heads, _, width = like.shape
     make = like.new_empty if rows == 1 else like.new_zeros
-    if like.is_cuda:
+    if has_heads_side_by_side(like):
         return make(rows, capacity, heads, width).transpose(1, 2)
     return make(rows, heads, capacity, width)
 

@@ -65,6 +65,7 @@ def assisted_decode(
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
     decode(Batch(worker, drafters, choosers, options), passes, observer, shapes)
     observer.end()
+    stats.attention_backend = str(worker.attention)  # what was measured on the way included
     choosers.cut()
     output = _join_output(worker if returns_cache else None, prompt, choosers, generation_config, user_cache)
     if prompt.rows == 1:

@@ -23,6 +23,7 @@ class FixedLayer(TreeLayer):
     """A layer with slots for `capacity` tokens a row, and behind them those of a pass; all are handed out always."""
 
     capacity = 0
+    is_known = False
 
     @classmethod
     def of(cls, layer: TreeLayer, capacity: int, nodes: int) -> "FixedLayer":

@@ -33,9 +33,9 @@ class Chains:
     where none begins, it has no query and one key that nobody sees.
     """
 
-    order: Tensor  # (B·N,), the nodes b·N + n, chain by chain
+    order: Tensor | None  # (B·N,), the nodes b·N + n, chain by chain; `None`: they are
     query_starts: Tensor  # (B·N + 1,) int32, where each segment's queries begin
-    keys: Tensor  # (T,), the nodes b·N + n that stand as keys, segment by segment; some more at the end
+    keys: Tensor | None  # (T,), the nodes b·N + n that stand as keys, segment by segment; some more at the end
     key_starts: Tensor  # (B·N + 1,) int32
 
 
