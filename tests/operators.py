@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 _NO_KERNEL = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 _NO_KERNEL |= {"detach", "alias", "_unsafe_view", "promote_types"}
 _NO_KERNEL |= {"lift_fresh", "scalar_tensor"}  # of the host
-_FROM_HOST = {"lift_fresh", "lift_fresh_copy", "scalar_tensor"}  # what `torch.tensor` and the like end in
+_FROM_HOST = {"lift_fresh", "lift_fresh_copy"}  # what `torch.tensor` ends in; numbers alone are a kernel's arguments
 
 
 class Operators(TorchDispatchMode):

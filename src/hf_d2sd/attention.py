@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .cache import Place, TreeCache, TreeLayer, is_recurrent, layer_windows, side_by_side
+from .cache import Place, TreeCache, TreeLayer, is_recurrent, layer_windows, per_row, side_by_side
 from .compat import (
     attention_types_of,
     attention_within,
@@ -23,7 +23,7 @@ from .compat import (
     embeds_positions_itself,
     register_attention,
 )
-from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Prefix, Scoring, bias, repeated, tokens_of
+from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Prefix, Scoring, empty_bias, repeated, tokens_of
 from .tree import CandidateTree, Chains
 
 logger = logging.get_logger(__name__)
@@ -407,10 +407,16 @@ def _choose_for_chains(facts: Facts, forced: str | None, attends: bool) -> tuple
     return (backend, reason) if backend in KERNELS else ("masked", KERNELS["masked"].describe)
 
 
-def as_bias(seen: Tensor, dtype: torch.dtype, kernel: Kernel) -> Tensor:
-    """(B, 1, N, keys), from which keys are seen: what is added to their scores, as the kernel reads it."""
-    mask = additive(seen, dtype)[:, None]
-    return bias(mask, dtype) if kernel.on_gpu else mask
+def as_bias(seen: Tensor, dtype: torch.dtype, kernel: Kernel, stored: int = 0) -> Tensor:
+    """(B, 1, N, stored + keys), from which keys are seen: what is added to their scores, as the kernel reads it.
+
+    Args:
+        seen: (B, N, keys) bool, of the last ones; those before them, `stored`, are seen by all.
+    """
+    rows, size, keys = seen.shape
+    mask = empty_bias((rows, 1, size, stored + keys), dtype, seen.device, kernel.on_gpu)
+    mask[:, 0, :, stored:].masked_fill_(~seen, torch.finfo(dtype).min)
+    return mask
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -464,22 +470,26 @@ def plan_layer(
         place: where the nodes stand; of a row with len stored keys, key i stands len - i positions before the anchor.
         window: a node sees positions nearer than this; `None` for all.
     """
-    device, deepest = nodes.depths.device, nodes.max_depth
-    ends, longest = per_row(place.lengths, device), layer.bound(place.lengths)
+    device, deepest, longest = nodes.depths.device, nodes.max_depth, layer.bound(place.lengths)
     narrow = window is not None and longest + deepest >= window
-    starts, few, mask = torch.zeros_like(ends), None, None
     first, end = layer.first_handed_out, place.start + len(nodes)
-    at_once = end - first <= most_at_once(kernel, layer)
-    if at_once:
-        mask = as_bias(tree_mask(nodes, place, layer, window), dtype, kernel)
-    elif window is not None and narrow:
+    if end - first <= most_at_once(kernel, layer):
+        if not narrow and min(place.lengths) == place.start:  # all nodes see all that is stored
+            mask = as_bias(nodes.visible, dtype, kernel, place.start - first)
+        else:
+            mask = as_bias(tree_mask(nodes, place, layer, window), dtype, kernel)
+        bounds = nodes.depths.new_empty(len(place.lengths), 2)  # of no prefix
+        return LayerPlan(bounds, None, mask, [], [], longest, deepest, causal=True, has_prefix=False)
+    ends = per_row(place.lengths, device)
+    starts, few, mask = torch.zeros_like(ends), None, None
+    if window is not None and narrow:
         starts, few, seen = _at_the_edge(nodes, ends, window)
         own = torch.arange(end - first - len(nodes), end - first, device=device).expand(len(ends), -1)
         few, mask = torch.cat([(few - first).clamp(min=0), own], dim=1), as_bias(seen, dtype, kernel)
     elif not kernel.packs:
         mask = as_bias(nodes.visible if len(ends) > 1 else nodes.visible[:1], dtype, kernel)
     bounds = (torch.stack([starts, ends], dim=1) - first).clamp(min=0)
-    has_prefix = not at_once and max(place.lengths) > 0 and (window is None or not narrow or deepest + 1 < window)
+    has_prefix = max(place.lengths) > 0 and (window is None or not narrow or deepest + 1 < window)
     return LayerPlan(
         bounds=bounds,
         few=few,
@@ -509,13 +519,6 @@ def _limits(lengths: list[int], deepest: int, window: int | None, first: int) ->
         return []
     start = 0 if window is None else min(max(lengths[0] + deepest - window + 1, 0), lengths[0])
     return [max(start - first, 0), max(lengths[0] - first, 0)]
-
-
-def per_row(values: list[int], device: torch.device) -> Tensor:
-    """(B,): on a device, made there where all rows have the same."""
-    if min(values) == max(values):
-        return torch.full((len(values),), values[0], device=device)
-    return torch.tensor(values, device=device)
 
 
 def _at_the_edge(nodes: Nodes, ends: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -299,6 +299,13 @@ def choose_rows(states: States, rows: list[int] | None) -> States:
     return map_states(lambda state: state[torch.tensor(rows, dtype=torch.long, device=state.device)], states)
 
 
+def per_row(values: list[int], device: torch.device) -> Tensor:
+    """(B,): numbers of the host on a device, where rows that all have the same need no copy."""
+    if min(values) == max(values):
+        return torch.full((len(values),), values[0], device=device)
+    return torch.tensor(values, device=device)
+
+
 def targets_of(place: Place, nodes: Tensor) -> Tensor:
     """(B, A), on the host: the slots behind each row's own tokens that kept nodes (B, A) move to."""
     return torch.tensor(place.lengths)[:, None] + torch.arange(nodes.shape[1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import acceptance
+from .cache import per_row
 from .choosing import Chooser, Choosers
 from .drafting import Drafter
 from .growing import State, grow
@@ -96,7 +97,7 @@ class Batch:
         return self._state(anchors)
 
     def _state(self, anchors: list[int], fixed_shapes: bool = False) -> State:
-        on_device = torch.tensor(anchors, device=self.target.device)
+        on_device = per_row(anchors, self.target.device)
         return State(on_device, self.drafters, self.options, self.choosers.rooms, fixed_shapes)
 
     def accept(self, tree: CandidateTree, step: TargetPass) -> Accepted:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from .cache import per_row
 from .candidates import Draft, expand, likeliest_prefixes, merge
 from .drafting import Drafter
 from .prefixes import select_deeper_prefixes, select_prefix_lengths
@@ -45,7 +45,7 @@ class State:
 
     def tree(self, candidates: Candidates, fixed_size: bool = False) -> CandidateTree:
         """The best nodes: no more than the budget, none deeper than what may be emitted for it."""
-        max_depth = None if self.rooms is None else torch.tensor(self.rooms, device=self.anchors.device) - 1
+        max_depth = None if self.rooms is None else per_row([room - 1 for room in self.rooms], self.anchors.device)
         return CandidateTree.from_candidates(
             self.anchors,
             candidates,

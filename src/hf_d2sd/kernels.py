@@ -6,7 +6,7 @@ A module of its own because it is the only code that differs from machine to mac
 import functools
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -418,10 +418,14 @@ def _efficient_kernel(*args, **kwargs) -> tuple[Tensor, ...]:
 
 def bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, 1, N, keys), a mask that is added, in memory as memory-efficient attention reads it."""
-    keys = mask.shape[-1]
-    wide = mask.new_zeros(*mask.shape[:-1], -(-keys // ALIGNED) * ALIGNED, dtype=dtype)
-    wide[..., :keys] = mask
-    return wide[..., :keys]
+    return empty_bias(mask.shape, dtype, mask.device).copy_(mask)
+
+
+def empty_bias(shape: Sequence[int], dtype: torch.dtype, device: torch.device, aligned: bool = True) -> Tensor:
+    """Zeros (B, 1, N, keys), by default in such memory."""
+    keys = shape[-1]
+    width = -(-keys // ALIGNED) * ALIGNED if aligned else keys
+    return torch.zeros((*shape[:-1], width), dtype=dtype, device=device)[..., :keys]
 
 
 def within(bounds: Tensor, slots: int, dtype: torch.dtype) -> Tensor:

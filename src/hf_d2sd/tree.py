@@ -122,10 +122,10 @@ class CandidateTree:
         """(B, N, N) bool: whether node q attends to node k, that is, k is q or one of its ancestors."""
         size = len(self)
         nodes = torch.arange(size, device=self.tokens.device)
-        reach = (self.parents[..., None] == nodes) | (nodes[:, None] == nodes)
+        reach = ((self.parents[..., None] == nodes) | (nodes[:, None] == nodes)).float()
         for _ in range((size if self.max_depth is None else self.max_depth + 1).bit_length()):  # 2, 4, 8, ... up
-            reach = (reach.float() @ reach.float()) > 0
-        return reach
+            reach = (reach @ reach).clamp(max=1)
+        return reach > 0
 
     def chains(self, visible: Tensor) -> Chains:
         """Cut the trees into chains: a node's first child goes on with its chain, every other child begins one.
