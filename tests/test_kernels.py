@@ -153,6 +153,11 @@ class TestTheChoice:
         assert ways.run((1,), {"first": lambda: 1, "second": lambda: 2}) == 1
         assert ways.known == {}, "it is measured when it can be"
 
+    def test_where_it_switches_is_reported(self):
+        assistant = tiny_assistant(4, 6)
+        tiny_target("llama").generate(prompt(), assistant_model=assistant, max_new_tokens=4)
+        assert assistant.attention_backend.endswith("; up to 512 keys in one call with a mask")
+
     def test_what_was_taken_is_reported(self, as_on_a_gpu, in_two_parts):
         target, assistant = tiny_target("llama"), tiny_assistant(4, 6)
         options = dict(do_sample=False, max_new_tokens=12, d2sd_attention_backend="flash_attention_2")

@@ -322,9 +322,11 @@ class TreeAttention:
         return cls(backend, reason, name, windows, text_config, types, kernel, *ways, causal_types, recurrent)
 
     def __str__(self) -> str:
+        most = 0 if self.kernel is None else most_at_once(self.kernel, TreeLayer())
+        at_once = f"; up to {most} keys in one call with a mask" if most else ""
         measured = str(self.kernel.ways) if self.kernel is not None and self.kernel.ways is not None else ""
         way = f"; the prefix by {measured}, by measurement" if measured else ""
-        return f"{self.backend}: {self.reason}{way}"
+        return f"{self.backend}: {self.reason}{at_once}{way}"
 
     def active(self, plan: object = None):
         """Within, the forwards of this thread use this attention; every other thread's and later ones their own."""
@@ -441,7 +443,7 @@ def choose(facts: Facts, forced: str | None) -> tuple[str, str]:
             logger.info(f"D²SD runs candidate trees with {kernel.name!r}: {kernel.describe}.")
             return kernel.name, kernel.describe
     masked = own if own in MASKED else "eager" if facts.mask_obstacle("sdpa") else "sdpa"
-    why = CPU.obstacle(facts) if facts.device.type == "cpu" else KERNELS["varlen"].obstacle(facts)
+    why = CPU.obstacle(facts) if facts.device.type == "cpu" else KERNELS["torch"].obstacle(facts)
     logger.warning(f"D²SD runs candidate trees with {masked!r} attention and a mask over all keys: {why}.")
     return masked, f"with a mask over all keys, since {why}"
 
