@@ -200,10 +200,10 @@ class TestTheOrder:
         """On an H100 a mask over 1,024 keys took 47 ms where a cascade took 72: the host launches. A graph replays."""
         eager, fixed = TreeLayer(), FixedLayer()
         for name in SPLIT:
-            assert most_at_once(KERNELS[name], eager) == 4096
-            assert most_at_once(KERNELS[name], fixed) == 1024
-        assert most_at_once(as_on_a_gpu["packed"], eager) == 0, "the packed cascade stays one"
-        assert most_at_once(CPU, eager) == most_at_once(CPU, fixed) == 512
+            assert [most_at_once(KERNELS[name], eager, rows) for rows in (1, 8)] == [4096, 512]
+            assert [most_at_once(KERNELS[name], fixed, rows) for rows in (1, 8)] == [1024, 128]
+        assert most_at_once(as_on_a_gpu["packed"], eager, 1) == 0, "the packed cascade stays one"
+        assert most_at_once(CPU, eager, 1) == most_at_once(CPU, fixed, 8) == 512
 
     @pytest.mark.parametrize(("context", "called"), [(100, ["efficient"]), (5000, ["efficient", "flash"])])
     def test_the_switch_is_by_the_context_of_each_pass(self, context, called, as_on_a_gpu):
@@ -322,6 +322,29 @@ class TestOperatorsOfALayer:
         steps = {layers: targets[layers].verify(tree_of(1)) for layers in targets}
         path = torch.tensor([[0, 1, 3]])
         assert of_a_layer(lambda layers: targets[layers].commit(steps[layers], path, [3])).total() == 3
+
+
+class TestOperatorsOfACycle:
+    def per_cycle(self, rows: int) -> tuple[float, float]:
+        """Operators, and tensors of host values, of one cycle of a call."""
+        target, assistant, found = tiny_target("llama"), tiny_assistant(8, 10), []
+        for tokens in (6, 26):
+            options = dict(do_sample=False, max_new_tokens=tokens, assistant_model=assistant)
+            with Operators() as counted:
+                target.generate(prompt().expand(rows, -1), **options)
+            found.append((counted.total, counted.from_host, assistant.last_stats.cycles // rows))
+        few, many = found
+        return tuple((many[at] - few[at]) / (many[2] - few[2]) for at in (0, 1))
+
+    def test_of_one_row_two_tensors_come_from_the_host(self):
+        """The accepted path, and the text that choosers see; lengths, positions and rooms are made on the device."""
+        operators, from_host = self.per_cycle(rows=1)
+        assert from_host <= 2.5
+        assert operators <= 600, "four layers of the target, two times two of the drafters, and what is between"
+
+    def test_of_a_batch_no_layer_makes_one(self):
+        """What rows of one length need is made on the device; of several lengths once for all layers."""
+        assert self.per_cycle(rows=3)[1] <= 3 + 2.5
 
 
 # What the stand-ins refuse -------------------------------------------------------------------------------------------

@@ -30,10 +30,10 @@ logger = logging.get_logger(__name__)
 
 NAME = "d2sd_cascade"
 # Keys up to which one call with a mask beats two calls and a merge.
-SHORT = 512  # on a CPU, measured
+SHORT = 512  # in a row, on a CPU, measured
 # On a GPU the mask's call reads each key as often as queries share it: some 11 ns a key more at an H100's bandwidth, 8
 # heads of 128 shared by four. A cascade is four more launches a layer, each 5 to 35 µs of the host, or 3 in a graph.
-SHORT_LAUNCHED, SHORT_REPLAYED = 4096, 1024
+SHORT_LAUNCHED, SHORT_REPLAYED = 4096, 1024  # in all rows
 MASKED = ("sdpa", "eager")  # attention of Transformers that takes a 4-D mask
 
 
@@ -322,7 +322,7 @@ class TreeAttention:
         return cls(backend, reason, name, windows, text_config, types, kernel, *ways, causal_types, recurrent)
 
     def __str__(self) -> str:
-        most = 0 if self.kernel is None else most_at_once(self.kernel, TreeLayer())
+        most = 0 if self.kernel is None else most_at_once(self.kernel, TreeLayer(), rows=1)
         at_once = f"; up to {most} keys in one call with a mask" if most else ""
         measured = str(self.kernel.ways) if self.kernel is not None and self.kernel.ways is not None else ""
         way = f"; the prefix by {measured}, by measurement" if measured else ""
@@ -475,7 +475,7 @@ def plan_layer(
     device, deepest, longest = nodes.depths.device, nodes.max_depth, layer.bound(place.lengths)
     narrow = window is not None and longest + deepest >= window
     first, end = layer.first_handed_out, place.start + len(nodes)
-    if end - first <= most_at_once(kernel, layer):
+    if end - first <= most_at_once(kernel, layer, len(place.lengths)):
         if not narrow and min(place.lengths) == place.start:  # all nodes see all that is stored
             mask = as_bias(nodes.visible, dtype, kernel, place.start - first)
         else:
@@ -506,13 +506,13 @@ def plan_layer(
     )
 
 
-def most_at_once(kernel: Kernel, layer: TreeLayer) -> int:
-    """Up to how many keys one call with a mask is faster than two calls and a merge: they cost launches as well."""
+def most_at_once(kernel: Kernel, layer: TreeLayer, rows: int) -> int:
+    """Up to how many keys a row one call with a mask is faster than two calls and a merge, which cost launches."""
     if kernel.packs:
         return 0
     if not kernel.on_gpu:
         return SHORT
-    return SHORT_LAUNCHED if layer.is_known else SHORT_REPLAYED
+    return (SHORT_LAUNCHED if layer.is_known else SHORT_REPLAYED) // rows
 
 
 def _limits(lengths: list[int], deepest: int, window: int | None, first: int) -> list[int]:

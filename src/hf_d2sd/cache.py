@@ -161,10 +161,10 @@ class TreeLayer(DynamicLayer):
         if self.is_initialized:
             self._set_length(self.length + tokens_to_remove)
 
-    def keep(self, place: Place, nodes: Tensor, counts: list[int]) -> None:
+    def keep(self, place: Place, nodes: Tensor, counts: list[int], targets: Tensor | None = None) -> None:
         """Of the tokens that stand there, move each row's first `counts[b]` of `nodes` (B, A) behind its own.
 
-        Entries of `nodes` beyond a row's count may be any node.
+        Entries of `nodes` beyond a row's count may be any node. `targets`: (B, A), `targets_of` them, where known.
         """
         if not self.is_initialized:
             return
@@ -174,7 +174,7 @@ class TreeLayer(DynamicLayer):
             kept = [states.index_select(2, nodes[0]) for states in behind]
             torch._foreach_copy_([states[:, :, : nodes.shape[1]] for states in behind], kept)
         else:
-            move(self._buffers, start + nodes, targets_of(place, nodes).to(nodes.device, non_blocking=True))
+            move(self._buffers, start + nodes, targets_of(place, nodes) if targets is None else targets)
         self.set_lengths([length + count for length, count in zip(place.lengths, counts)])
 
     def rows(self, rows: list[int]) -> "TreeLayer":
@@ -307,8 +307,8 @@ def per_row(values: list[int], device: torch.device) -> Tensor:
 
 
 def targets_of(place: Place, nodes: Tensor) -> Tensor:
-    """(B, A), on the host: the slots behind each row's own tokens that kept nodes (B, A) move to."""
-    return torch.tensor(place.lengths)[:, None] + torch.arange(nodes.shape[1])
+    """(B, A): the slots behind each row's own tokens that kept nodes (B, A) move to."""
+    return per_row(place.lengths, nodes.device)[:, None] + torch.arange(nodes.shape[1], device=nodes.device)
 
 
 def move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
@@ -396,9 +396,10 @@ class TreeCache(Cache):
 
     def keep(self, places: dict[str, Place], nodes: Tensor, counts: list[int]) -> None:
         """Of the tokens of a pass, keep each row's first `counts[b]` of `nodes` (B, A), in order."""
+        targets = {name: targets_of(place, nodes) for name, place in places.items()} if len(nodes) > 1 else {}
         for layer, layer_type in zip(self.layers, self.layer_types):
             if layer_type in places:
-                layer.keep(places[layer_type], nodes, counts)
+                layer.keep(places[layer_type], nodes, counts, targets.get(layer_type))
 
     def places(self) -> dict[str, Place]:
         """By layer type, where the next pass's tokens are going to stand."""
