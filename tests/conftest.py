@@ -16,6 +16,7 @@ from reference import (
 )
 
 from hf_d2sd import cache, kernels
+from hf_d2sd.attention import choose
 from hf_d2sd.kernels import KERNELS
 
 
@@ -49,7 +50,9 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "_efficient_kernel", efficient)
     monkeypatch.setattr(kernels, "_flash_kernel", dense_flash)
     monkeypatch.setattr(cache, "has_heads_side_by_side", lambda states: True)
-    return chosen
+    choose.cache_clear()
+    yield chosen
+    choose.cache_clear()  # elsewhere they cannot run
 
 
 @pytest.fixture(scope="session")
