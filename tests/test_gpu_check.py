@@ -63,18 +63,19 @@ def run(tmp_path, *arguments) -> dict:
 
 
 def test_the_timings_run_through(tmp_path, without_compiling):
-    written = run(tmp_path, "--only", "timings", "--contexts", "40", "--batches", "1", "2")
+    written = run(tmp_path, "--only", "timings", "--contexts", "40", "--batches", "1")
     assert written["failures"] == []
     names = {name.partition(": ")[2] for name in written["timings"]} - {""}
     ways = {f"{what} {way}" for what in ("plain", "cycle", "account") for way in ("eager", "compiled")}
     assert names == ways | {"floor", "ratios"}
     account = written["timings"]["context 40 batch 1: account eager"]
     assert account["operators_a_cycle"] > 200 and account["wall_ms_a_cycle"] > 0
-    assert written["timings"]["context 40 batch 2: ratios"]["cycle_over_plain_eager"] > 0
+    assert written["timings"]["context 40 batch 1: ratios"]["cycle_over_plain_eager"] > 0
 
 
+@pytest.mark.slow
 def test_the_ways_over_long_prefixes_are_timed(tmp_path, without_compiling):
-    written = run(tmp_path, "--only", "long", "--contexts", "40", "48", "--batches", "1")
+    written = run(tmp_path, "--only", "long", "--contexts", "40", "48")
     assert written["failures"] == []
     ways = set(written["long"]["ways at 48"]) - {"seconds"}
     assert ways >= {"torch dense", "torch packed", "flash_attention_2 kvcache", "flash_attention_3 packed"}
