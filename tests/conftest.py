@@ -5,9 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import PackedReference
+from reference import (
+    PackedReference,
+    dense_flash,
+    efficient,
+    flash_cache_kernel,
+    torch_kernel,
+    with_kvcache_2,
+    with_kvcache_3,
+)
 from transformers import GenerationConfig
 
+from hf_d2sd import cache, kernels
+from hf_d2sd.attention import choose
 from hf_d2sd.kernels import KERNELS
 
 
@@ -29,6 +39,27 @@ def packed(monkeypatch):
     kernel = PackedReference()
     monkeypatch.setitem(KERNELS, kernel.name, kernel)
     return kernel
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The backends of a GPU, and buffers as there, on a CPU: by stand-ins that refuse what the kernels refuse."""
+    packed = PackedReference()
+    packed.is_there = True
+    chosen = {
+        "torch": torch_kernel(packed),
+        "flash_attention_2": flash_cache_kernel("flash_attention_2", with_kvcache_2),
+        "flash_attention_3": flash_cache_kernel("flash_attention_3", with_kvcache_3),
+        "packed": packed,
+    }
+    for name, kernel in chosen.items():
+        monkeypatch.setitem(KERNELS, name, kernel)
+    monkeypatch.setattr(kernels, "_efficient_kernel", efficient)
+    monkeypatch.setattr(kernels, "_flash_kernel", dense_flash)
+    monkeypatch.setattr(cache, "has_heads_side_by_side", lambda states: True)
+    choose.cache_clear()
+    yield chosen
+    choose.cache_clear()  # elsewhere they cannot run
 
 
 @pytest.fixture(scope="session")

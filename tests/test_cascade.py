@@ -86,8 +86,8 @@ def run(kernel, tree, lengths, window, shape, seed, fixed=False, corrupt=False):
     if corrupt:
         tree = corrupted(tree)
     got = cascade(
-        query, key, value, plan.bounds, plan.edge, plan.mask, plan.prefix, plan.segments, shape.sinks, kernel.name,
-        shape.scale, 0.0, plan.longest, plan.deepest, plan.causal, plan.has_prefix,
+        query, key, value, plan.bounds, plan.few, plan.mask, plan.prefix, plan.segments, shape.sinks, kernel.name,
+        shape.scale, 0.0, plan.longest, plan.deepest, plan.causal, plan.has_prefix, plan.limits,
     )  # fmt: skip
     expected = torch.stack(
         [
@@ -182,8 +182,8 @@ def test_half_precision_is_as_near_as_half_precision_is(name, kernels, parts):
     plan = plan_layer(kernel, nodes, segments, layer.place(), layer, None, torch.bfloat16)
     query = torch.randn(1, 4, 12, 8).bfloat16()
     key, value = layer.update(*(torch.randn(1, 2, 12, 8).bfloat16() for _ in range(2)))
-    got = cascade(query, key, value, plan.bounds, plan.edge, plan.mask, plan.prefix, plan.segments, None, name,
-                  8**-0.5, 0.0, plan.longest, plan.deepest, plan.causal, plan.has_prefix)  # fmt: skip
+    got = cascade(query, key, value, plan.bounds, plan.few, plan.mask, plan.prefix, plan.segments, None, name,
+                  8**-0.5, 0.0, plan.longest, plan.deepest, plan.causal, plan.has_prefix, plan.limits)  # fmt: skip
     assert got.dtype == torch.bfloat16
     expected = brute_force(query[0], key[0], value[0], seen_by_rule(tree, 0, 30, 30, None), 8**-0.5)
     assert (got[0].transpose(0, 1) - expected).abs().max() < 0.02

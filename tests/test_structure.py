@@ -160,7 +160,10 @@ def own_names() -> set[str]:
     return defined
 
 
-OWN = own_names() | {"_foreach_lerp_", "_scaled_dot_product_flash_attention_for_cpu", "_getframe"}  # torch's, Python's
+_SDPA = {
+    f"_scaled_dot_product_{kernel}" for kernel in ("flash_attention", "flash_attention_for_cpu", "efficient_attention")
+}
+OWN = own_names() | _SDPA | {"_foreach_copy_", "_foreach_lerp_", "_getframe"}  # torch's, Python's
 
 
 def test_internals_of_transformers_have_one_home():

@@ -7,13 +7,14 @@ over all keys would give. Nothing is as large as nodes times context.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .cache import Place, TreeCache, TreeLayer, is_recurrent, layer_windows, side_by_side
+from .cache import Place, TreeCache, TreeLayer, is_recurrent, layer_windows, per_row, side_by_side
 from .compat import (
     attention_types_of,
     attention_within,
@@ -22,13 +23,17 @@ from .compat import (
     embeds_positions_itself,
     register_attention,
 )
-from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Scoring, tokens_of
+from .kernels import CPU, KERNELS, Facts, Kernel, Packing, Prefix, Scoring, empty_bias, repeated, tokens_of
 from .tree import CandidateTree, Chains
 
 logger = logging.get_logger(__name__)
 
 NAME = "d2sd_cascade"
-SHORT = 512  # keys up to which one call with a mask beats two calls and a merge on a CPU, measured
+# Keys up to which one call with a mask beats two calls and a merge.
+SHORT = 512  # in a row, on a CPU, measured
+# On a GPU the mask's call reads each key as often as queries share it: some 11 ns a key more at an H100's bandwidth, 8
+# heads of 128 shared by four. A cascade is four more launches a layer, each 5 to 35 µs of the host, or 3 in a graph.
+SHORT_LAUNCHED, SHORT_REPLAYED = 4096, 1024  # in all rows
 MASKED = ("sdpa", "eager")  # attention of Transformers that takes a 4-D mask
 
 
@@ -72,9 +77,8 @@ class Nodes:
         if self.tree is not None:
             return self.tree.chains(self.visible)
         rows, size = self.depths.shape
-        every = torch.arange(rows * size, device=self.depths.device)
-        starts = torch.arange(0, rows * size + 1, self.block_size, device=every.device, dtype=torch.int32)
-        return Chains(every, starts, every, starts)
+        starts = torch.arange(0, rows * size + 1, self.block_size, device=self.depths.device, dtype=torch.int32)
+        return Chains(None, starts, None, starts)
 
 
 @dataclass(frozen=True)
@@ -82,20 +86,22 @@ class LayerPlan:
     """What the layers of one type need to know of a pass, as tensors of fixed shapes on one device."""
 
     bounds: Tensor  # (B, 2): of each row's stored keys, all nodes see those from bounds[b, 0] up to bounds[b, 1]
-    edge: Tensor | None  # (B, E), slots of the keys before them that some nodes see; `None`: there are none
+    # (B, E + N): of the small part's keys the slots, E of which only some nodes see; `None`: the nodes', or all of few
+    few: Tensor | None
     # (B or 1, 1, N, E + N), added to the scores of the small part; (B, 1, N, keys) if that has all of few keys.
     mask: Tensor | None  # `None`: `segments` say it
-    prefix: list[Tensor]  # int32 starts of the prefix part as packed sequences: queries and keys, (2·B + 1,) each
-    segments: list[Tensor]  # of the small part as packed sequences: the fields of `Chains`
+    prefix: list[Tensor]  # the tensors of `Prefix`, bounds aside
+    segments: list[Tensor | None]  # of the small part as packed sequences: the fields of `Chains`
     longest: int  # at least the longest row's stored keys
     deepest: int  # at least the nodes of any segment, less one
     causal: bool
     has_prefix: bool  # whether any key is seen by all nodes
+    limits: list[int] = field(default_factory=list)  # the bounds, where they are the same in all rows and known
 
     def to(self, device: torch.device) -> "LayerPlan":
         def moved(value):
             if isinstance(value, list):
-                return [tensor.to(device) for tensor in value]
+                return [moved(one) for one in value]
             return value.to(device) if torch.is_tensor(value) else value
 
         return LayerPlan(**{name: moved(value) for name, value in vars(self).items()})
@@ -141,7 +147,7 @@ def _attend(
         key,
         value,
         plan.bounds,
-        plan.edge,
+        plan.few,
         plan.mask,
         plan.prefix,
         plan.segments,
@@ -153,6 +159,7 @@ def _attend(
         plan.deepest,
         plan.causal,
         plan.has_prefix,
+        plan.limits,
     )
     if came_as[0] > len(output):  # chains of each row, side by side: back to rows
         output = output.view(came_as[0], came_as[2], *output.shape[2:])
@@ -164,10 +171,10 @@ def cascade(
     key: Tensor,
     value: Tensor,
     bounds: Tensor,
-    edge: Tensor | None,
+    few: Tensor | None,
     mask: Tensor | None,
     prefix: list[Tensor],
-    segments: list[Tensor],
+    segments: list[Tensor | None],
     sinks: Tensor | None,
     kernel: str,
     scaling: float,
@@ -176,70 +183,88 @@ def cascade(
     deepest: int,
     causal: bool,
     has_prefix: bool,
+    limits: Sequence[int] = (),
 ) -> Tensor:
     """Attention of the nodes to the prefix and to each other, (B, N, Hq, D). For arguments see `LayerPlan`."""
-    run, scoring = KERNELS[kernel], Scoring(scaling, softcap)
-    num_nodes = query.shape[2]
-    nodes = slice(key.shape[2] - num_nodes, None)
+    run, scoring, order = KERNELS[kernel], Scoring(scaling, softcap), None
+    nodes = slice(key.shape[2] - query.shape[2], None)
     if mask is None:
-        own_key, own_value = (states[:, :, nodes] for states in (key, value))
         order, query_starts, keys, key_starts = segments
+        query = query if order is None else _ordered(query, order)
         packing = Packing(query_starts, key_starts, max(deepest + 1, 2), deepest + 1, causal)
-        out, lse = _over_segments(run, query, own_key, own_value, (order, keys), packing, scoring)
+        own = (tokens_of(states[:, :, nodes]) for states in (key, value))
+        own_key, own_value = own if keys is None else (states[keys] for states in own)
+        out, lse = _over_segments(run, query, own_key, own_value, packing, scoring)
     else:
-        every = edge is None and mask.shape[-1] == key.shape[2]
-        few_key, few_value = (states if every else _with_edge(states, nodes, edge) for states in (key, value))
+        every = few is None and mask.shape[-1] == key.shape[2]
+        group = query.shape[1] // key.shape[1] if run.repeats else 1
+        few_key, few_value = (_chosen(states, slice(None) if every else nodes, few, group) for states in (key, value))
         out, lse = run.masked(query, few_key, few_value, mask, scoring)
     if has_prefix:
-        packed = Packing(prefix[0], prefix[1], max(num_nodes, 2), longest) if prefix else None
-        prefix_out, prefix_lse = run.over_prefix(query, key, value, bounds, packed, scoring)
+        seen = Prefix(bounds, list(limits), longest, *prefix)
+        prefix_out, prefix_lse = run.over_prefix(query, key, value, seen, scoring)
         out, lse = merge(out, lse, prefix_out, prefix_lse, needs_lse=sinks is not None)
     if sinks is not None:
-        out = out * torch.sigmoid(lse - sinks[:, None])[..., None].to(out.dtype)
-    return out.transpose(1, 2).contiguous()
+        out = out * _share(lse, sinks[:, None], out.dtype)
+    return _in_place(out.transpose(1, 2).contiguous(), order)
+
+
+def _ordered(query: Tensor, order: Tensor) -> Tensor:
+    """(B, Hq, N, D): the queries in the order (B·N,) of chains, each row's own first."""
+    rows, heads, num_nodes, width = query.shape
+    return query.transpose(1, 2).reshape(-1, heads, width)[order].view(rows, num_nodes, heads, width).transpose(1, 2)
+
+
+def _in_place(out: Tensor, order: Tensor | None) -> Tensor:
+    """Of outputs (B, N, Hq, D) in such an order each at its node."""
+    if order is None:
+        return out
+    flat = out.flatten(0, 1)
+    return torch.empty_like(flat).index_copy_(0, order, flat).view(out.shape)
+
+
+def _share(lse: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, Hq, N, 1): of two sets of keys with these log-sum-exps the weight of the first one."""
+    ahead = lse - other
+    return torch.sigmoid(ahead, out=torch.empty_like(ahead, dtype=dtype))[..., None]
 
 
 def merge(
     out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor, needs_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Two attentions over different keys as one: outputs (B, H, N, D), LSEs (B, H, N), at least in float32."""
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    share = torch.sigmoid(other_lse - lse)[..., None].to(dtype)
-    merged = torch.lerp(out.to(dtype), other_out.to(dtype), share)
-    return merged.to(out.dtype), torch.logaddexp(lse, other_lse) if needs_lse else None
+    """Two attentions over different keys as one: outputs (B, H, N, D), LSEs (B, H, N), at least in float32.
+
+    What counts less is weighed in the outputs' own dtype, as attention weighs values.
+    """
+    merged = torch.lerp(other_out, out, _share(lse, other_lse, out.dtype))
+    return merged, torch.logaddexp(lse, other_lse) if needs_lse else None
 
 
-def _with_edge(states: Tensor, nodes: slice, edge: Tensor | None) -> Tensor:
-    """(B, Hk, E + N, D): the keys or values that some nodes see and others do not."""
-    own = states[:, :, nodes]
-    if edge is None:
-        return own
-    index = edge[:, None, :, None].expand(*states.shape[:2], -1, states.shape[3])
-    return torch.cat([states.gather(2, index), own], dim=2)
+def _chosen(states: Tensor, some: slice, few: Tensor | None, group: int) -> Tensor:
+    """(B, Hk · group, n, D): of keys or values those in slots `few` (B, n), or in a slice, each head so often."""
+    if few is None:
+        return repeated(states[:, :, some], group)
+    rows, heads, _, width = states.shape
+    every = states[:, :, None].expand(-1, -1, group, -1, -1)
+    index = few[:, None, None, :, None].expand(-1, heads, group, -1, width)
+    return every.gather(3, index).view(rows, heads * group, -1, width)
 
 
-def _over_segments(
-    run: Kernel, query, key, value, places, packing: Packing, scoring: Scoring
-) -> tuple[Tensor, Tensor]:
+def _over_segments(run: Kernel, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scoring: Scoring):
     """The small part as packed sequences: chains, causal and aligned at the end, or blocks in both directions.
 
     Args:
-        places: which queries, and which keys, stand behind each other: `order` and `keys` of `Chains`.
+        query: (B, Hq, N, D), chain by chain; key, value: (T, Hk, D), as `Chains.keys` has them.
     """
-    order, keys = places
-    packed_key, packed_value = (tokens_of(states)[keys] for states in (key, value))
     rows, heads, num_nodes, width = query.shape
-    queries = query.transpose(1, 2).reshape(-1, heads, width)[order]
-    out, lse = run.varlen(queries, packed_key, packed_value, packing, scoring)
-    out = torch.empty_like(out).index_copy_(0, order, out).view(rows, num_nodes, heads, width)
-    lse = torch.empty_like(lse).index_copy_(1, order, lse).view(heads, rows, num_nodes)
-    return out.transpose(1, 2), lse.transpose(0, 1)
+    out, lse = run.varlen(query.transpose(1, 2).reshape(-1, heads, width), key, value, packing, scoring)
+    return out.view(rows, num_nodes, heads, width).transpose(1, 2), lse.view(heads, rows, num_nodes).transpose(0, 1)
 
 
 _SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor bounds, Tensor? edge, Tensor? mask, Tensor[] prefix, "
-    "Tensor[] segments, Tensor? sinks, str kernel, float scaling, float softcap, int longest, int deepest, "
-    "bool causal, bool has_prefix) -> Tensor"
+    "(Tensor query, Tensor key, Tensor value, Tensor bounds, Tensor? few, Tensor? mask, Tensor[] prefix, "
+    "Tensor?[] segments, Tensor? sinks, str kernel, float scaling, float softcap, int longest, int deepest, "
+    "bool causal, bool has_prefix, int[] limits=[]) -> Tensor"
 )
 _cascade_op = torch.library.custom_op("hf_d2sd::cascade", cascade, mutates_args=(), schema=_SCHEMA)
 
@@ -297,7 +322,11 @@ class TreeAttention:
         return cls(backend, reason, name, windows, text_config, types, kernel, *ways, causal_types, recurrent)
 
     def __str__(self) -> str:
-        return f"{self.backend}: {self.reason}"
+        most = 0 if self.kernel is None else most_at_once(self.kernel, TreeLayer(), rows=1)
+        at_once = f"; up to {most} keys in one call with a mask" if most else ""
+        measured = str(self.kernel.ways) if self.kernel is not None and self.kernel.ways is not None else ""
+        way = f"; the prefix by {measured}, by measurement" if measured else ""
+        return f"{self.backend}: {self.reason}{at_once}{way}"
 
     def active(self, plan: object = None):
         """Within, the forwards of this thread use this attention; every other thread's and later ones their own."""
@@ -354,7 +383,7 @@ class TreeAttention:
 
 def _key_positions(nodes: Nodes, place: Place) -> Tensor:
     """(B, keys): of each key of a layer the position after its row's first, of nodes that of their depth."""
-    lengths = torch.tensor(place.lengths, device=nodes.depths.device)[:, None]
+    lengths = per_row(place.lengths, nodes.depths.device)[:, None]
     stored = torch.arange(place.start, device=lengths.device).expand(len(lengths), -1)
     return torch.cat([stored, lengths + nodes.depths], dim=1)
 
@@ -380,6 +409,18 @@ def _choose_for_chains(facts: Facts, forced: str | None, attends: bool) -> tuple
     return (backend, reason) if backend in KERNELS else ("masked", KERNELS["masked"].describe)
 
 
+def as_bias(seen: Tensor, dtype: torch.dtype, kernel: Kernel, stored: int = 0) -> Tensor:
+    """(B, 1, N, stored + keys), from which keys are seen: what is added to their scores, as the kernel reads it.
+
+    Args:
+        seen: (B, N, keys) bool, of the last ones; those before them, `stored`, are seen by all.
+    """
+    rows, size, keys = seen.shape
+    mask = empty_bias((rows, 1, size, stored + keys), dtype, seen.device, kernel.on_gpu)
+    mask[:, 0, :, stored:].masked_fill_(~seen, torch.finfo(dtype).min)
+    return mask
+
+
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
@@ -402,7 +443,7 @@ def choose(facts: Facts, forced: str | None) -> tuple[str, str]:
             logger.info(f"D²SD runs candidate trees with {kernel.name!r}: {kernel.describe}.")
             return kernel.name, kernel.describe
     masked = own if own in MASKED else "eager" if facts.mask_obstacle("sdpa") else "sdpa"
-    why = CPU.obstacle(facts) if facts.device.type == "cpu" else KERNELS["varlen"].obstacle(facts)
+    why = CPU.obstacle(facts) if facts.device.type == "cpu" else KERNELS["torch"].obstacle(facts)
     logger.warning(f"D²SD runs candidate trees with {masked!r} attention and a mask over all keys: {why}.")
     return masked, f"with a mask over all keys, since {why}"
 
@@ -431,31 +472,55 @@ def plan_layer(
         place: where the nodes stand; of a row with len stored keys, key i stands len - i positions before the anchor.
         window: a node sees positions nearer than this; `None` for all.
     """
-    device, deepest = nodes.depths.device, nodes.max_depth
-    ends, longest = torch.tensor(place.lengths, device=device), layer.bound(place.lengths)
+    device, deepest, longest = nodes.depths.device, nodes.max_depth, layer.bound(place.lengths)
     narrow = window is not None and longest + deepest >= window
-    starts, edge, mask = torch.zeros_like(ends), None, None
     first, end = layer.first_handed_out, place.start + len(nodes)
-    few = not kernel.packs and end - first <= SHORT
-    if few:
-        mask = additive(tree_mask(nodes, place, layer, window), dtype)[:, None]
-    elif window is not None and narrow:
-        starts, edge, seen = _at_the_edge(nodes, ends, window)
-        edge, mask = (edge - first).clamp(min=0), additive(seen, dtype)[:, None]
+    if end - first <= most_at_once(kernel, layer, len(place.lengths)):
+        if not narrow and min(place.lengths) == place.start:  # all nodes see all that is stored
+            mask = as_bias(nodes.visible, dtype, kernel, place.start - first)
+        else:
+            mask = as_bias(tree_mask(nodes, place, layer, window), dtype, kernel)
+        bounds = nodes.depths.new_empty(len(place.lengths), 2)  # of no prefix
+        return LayerPlan(bounds, None, mask, [], [], longest, deepest, causal=True, has_prefix=False)
+    ends = per_row(place.lengths, device)
+    starts, few, mask = torch.zeros_like(ends), None, None
+    if window is not None and narrow:
+        starts, few, seen = _at_the_edge(nodes, ends, window)
+        own = torch.arange(end - first - len(nodes), end - first, device=device).expand(len(ends), -1)
+        few, mask = torch.cat([(few - first).clamp(min=0), own], dim=1), as_bias(seen, dtype, kernel)
     elif not kernel.packs:
-        mask = additive(nodes.visible if len(ends) > 1 else nodes.visible[:1], dtype)[:, None]
+        mask = as_bias(nodes.visible if len(ends) > 1 else nodes.visible[:1], dtype, kernel)
     bounds = (torch.stack([starts, ends], dim=1) - first).clamp(min=0)
+    has_prefix = max(place.lengths) > 0 and (window is None or not narrow or deepest + 1 < window)
     return LayerPlan(
         bounds=bounds,
-        edge=edge,
+        few=few,
         mask=mask,
-        prefix=_pack_prefix(bounds, len(nodes), layer.row_spacing(end)) if kernel.packs else [],
+        prefix=_pack_prefix(bounds, len(nodes), layer, place) if kernel.on_gpu and has_prefix else [],
         segments=[] if mask is not None else segments,
         longest=longest,
         deepest=deepest,
         causal=nodes.block_size is None or nodes.one_sided,
-        has_prefix=not few and max(place.lengths) > 0 and (window is None or not narrow or deepest + 1 < window),
+        has_prefix=has_prefix,
+        limits=_limits(place.lengths, deepest, window if narrow else None, first) if layer.is_known else [],
     )
+
+
+def most_at_once(kernel: Kernel, layer: TreeLayer, rows: int) -> int:
+    """Up to how many keys a row one call with a mask is faster than two calls and a merge, which cost launches."""
+    if kernel.packs:
+        return 0
+    if not kernel.on_gpu:
+        return SHORT
+    return (SHORT_LAUNCHED if layer.is_known else SHORT_REPLAYED) // rows
+
+
+def _limits(lengths: list[int], deepest: int, window: int | None, first: int) -> list[int]:
+    """The bounds of rows of the same length, as `_at_the_edge` has them; of rows of several lengths none."""
+    if min(lengths) < max(lengths):
+        return []
+    start = 0 if window is None else min(max(lengths[0] + deepest - window + 1, 0), lengths[0])
+    return [max(start - first, 0), max(lengths[0] - first, 0)]
 
 
 def _at_the_edge(nodes: Nodes, ends: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -472,12 +537,16 @@ def _at_the_edge(nodes: Nodes, ends: Tensor, window: int) -> tuple[Tensor, Tenso
     return starts, edge, seen
 
 
-def _pack_prefix(bounds: Tensor, num_nodes: int, spacing: int) -> list[Tensor]:
-    """Starts of queries and keys, (2·B + 1,) each: a row's keys lie between slots that no segment's queries see."""
+def _pack_prefix(bounds: Tensor, num_nodes: int, layer: TreeLayer, place: Place) -> list[Tensor]:
+    """The tensors of `Prefix`: as packed sequences a row's keys lie between slots that no segment's queries see."""
+    spacing = layer.row_spacing(place.start + num_nodes)
     rows = torch.arange(len(bounds), device=bounds.device)
     key_starts = (bounds + spacing * rows[:, None]).flatten()
     query_starts = (num_nodes * (rows[:, None] + torch.arange(2, device=bounds.device))).flatten()
-    return [torch.nn.functional.pad(starts, (1, 0)).to(torch.int32) for starts in (query_starts, key_starts)]
+    packed = [torch.nn.functional.pad(starts, (1, 0)).to(torch.int32) for starts in (query_starts, key_starts)]
+    prefix = [*packed, *bounds.T.to(torch.int32, memory_format=torch.contiguous_format)]
+    empty = [(bounds[:, 0] >= bounds[:, 1])[:, None, None]] if min(place.lengths) == 0 else []
+    return prefix + empty
 
 
 def _near(nodes: Nodes, window: int) -> Tensor:
@@ -493,7 +562,7 @@ def tree_mask(nodes: Nodes, place: Place, layer: TreeLayer, window: int | None) 
         (B, N, keys) bool; the nodes are the last keys.
     """
     device = nodes.depths.device
-    ends = torch.tensor(place.lengths, device=device)[:, None, None]
+    ends = per_row(place.lengths, device)[:, None, None]
     slots = torch.arange(layer.first_handed_out, place.start, device=device)  # stored keys handed out
     seen = (slots < ends).expand(len(place.lengths), nodes.depths.shape[1], -1)
     if window is not None:

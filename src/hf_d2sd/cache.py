@@ -49,6 +49,7 @@ class TreeLayer(DynamicLayer):
 
     is_croppable = True
     is_compileable = False
+    is_known = True  # whether the host knows the lengths at each pass, and launches it call by call
 
     def __init__(self, window: int | None = None):
         super().__init__()
@@ -109,7 +110,7 @@ class TreeLayer(DynamicLayer):
 
     def row_spacing(self, end: int) -> int:
         """How far apart rows are, in tokens, in what is handed out once `end` slots are in use; see `tokens_of`."""
-        if self.is_initialized and self._buffers[0].is_cuda:
+        if self.is_initialized and has_heads_side_by_side(self._buffers[0]):
             return self.capacity_for(end)
         return end - self.first_handed_out
 
@@ -128,8 +129,7 @@ class TreeLayer(DynamicLayer):
             return self._update_slots(self.slots, key_states, value_states)
         first, start, end = self.first_handed_out, self.length, self.length + key_states.shape[2]
         self._reserve(end)
-        for buffer, states in zip(self._buffers, (key_states, value_states)):
-            buffer[:, :, start:end] = states
+        torch._foreach_copy_([buffer[:, :, start:end] for buffer in self._buffers], [key_states, value_states])
         self._set_length(end)
         return self.keys[:, :, first:], self.values[:, :, first:]
 
@@ -161,19 +161,20 @@ class TreeLayer(DynamicLayer):
         if self.is_initialized:
             self._set_length(self.length + tokens_to_remove)
 
-    def keep(self, place: Place, nodes: Tensor, counts: list[int]) -> None:
+    def keep(self, place: Place, nodes: Tensor, counts: list[int], targets: Tensor | None = None) -> None:
         """Of the tokens that stand there, move each row's first `counts[b]` of `nodes` (B, A) behind its own.
 
-        Entries of `nodes` beyond a row's count may be any node.
+        Entries of `nodes` beyond a row's count may be any node. `targets`: (B, A), `targets_of` them, where known.
         """
         if not self.is_initialized:
             return
         nodes, start = nodes.to(self._buffers[0].device), place.start
         if len(nodes) == 1:
-            for buffer in self._buffers:
-                buffer[:, :, start : start + nodes.shape[1]] = buffer.index_select(2, start + nodes[0])
+            behind = [buffer[:, :, start:] for buffer in self._buffers]
+            kept = [states.index_select(2, nodes[0]) for states in behind]
+            torch._foreach_copy_([states[:, :, : nodes.shape[1]] for states in behind], kept)
         else:
-            move(self._buffers, start + nodes, targets_of(place, nodes).to(nodes.device, non_blocking=True))
+            move(self._buffers, start + nodes, targets_of(place, nodes) if targets is None else targets)
         self.set_lengths([length + count for length, count in zip(place.lengths, counts)])
 
     def rows(self, rows: list[int]) -> "TreeLayer":
@@ -298,9 +299,16 @@ def choose_rows(states: States, rows: list[int] | None) -> States:
     return map_states(lambda state: state[torch.tensor(rows, dtype=torch.long, device=state.device)], states)
 
 
+def per_row(values: list[int], device: torch.device) -> Tensor:
+    """(B,): numbers of the host on a device, where rows that all have the same need no copy."""
+    if min(values) == max(values):
+        return torch.full((len(values),), values[0], device=device)
+    return torch.tensor(values, device=device)
+
+
 def targets_of(place: Place, nodes: Tensor) -> Tensor:
-    """(B, A), on the host: the slots behind each row's own tokens that kept nodes (B, A) move to."""
-    return torch.tensor(place.lengths)[:, None] + torch.arange(nodes.shape[1])
+    """(B, A): the slots behind each row's own tokens that kept nodes (B, A) move to."""
+    return per_row(place.lengths, nodes.device)[:, None] + torch.arange(nodes.shape[1], device=nodes.device)
 
 
 def move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
@@ -312,6 +320,11 @@ def move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
         buffer.scatter_(2, to[:, None, :, None].expand(shape), moved)
 
 
+def has_heads_side_by_side(states: Tensor) -> bool:
+    """Whether a buffer for such states is to hold a token's heads one behind the other."""
+    return states.is_cuda
+
+
 def empty_buffer(like: Tensor, capacity: int) -> Tensor:
     """(B, H, capacity, D). On a GPU a token's heads lie side by side, as FlashAttention's packed sequences want it.
 
@@ -319,7 +332,7 @@ def empty_buffer(like: Tensor, capacity: int) -> Tensor:
     """
     rows, heads, _, width = like.shape
     make = like.new_empty if rows == 1 else like.new_zeros
-    if like.is_cuda:
+    if has_heads_side_by_side(like):
         return make(rows, capacity, heads, width).transpose(1, 2)
     return make(rows, heads, capacity, width)
 
@@ -383,9 +396,10 @@ class TreeCache(Cache):
 
     def keep(self, places: dict[str, Place], nodes: Tensor, counts: list[int]) -> None:
         """Of the tokens of a pass, keep each row's first `counts[b]` of `nodes` (B, A), in order."""
+        targets = {name: targets_of(place, nodes) for name, place in places.items()} if len(nodes) > 1 else {}
         for layer, layer_type in zip(self.layers, self.layer_types):
             if layer_type in places:
-                layer.keep(places[layer_type], nodes, counts)
+                layer.keep(places[layer_type], nodes, counts, targets.get(layer_type))
 
     def places(self) -> dict[str, Place]:
         """By layer type, where the next pass's tokens are going to stand."""

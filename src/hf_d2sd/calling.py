@@ -70,6 +70,7 @@ def assisted_decode(
     context = ContextSource(texts_of(input_ids, prompt.mask)) if options.context_nodes else None
     decode(Batch(worker, drafters, choosers, options, context=context, pace=pace), passes, observer, shapes)
     observer.end()
+    stats.attention_backend = str(worker.attention)  # what was measured on the way included
     choosers.cut()
     output = _join_output(worker if returns_cache else None, prompt, choosers, generation_config, user_cache)
     if prompt.rows == 1:

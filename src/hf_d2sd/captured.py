@@ -23,6 +23,7 @@ class FixedLayer(TreeLayer):
     """A layer with slots for `capacity` tokens a row, and behind them those of a pass; all are handed out always."""
 
     capacity = 0
+    is_known = False
 
     @classmethod
     def of(cls, layer: TreeLayer, capacity: int, nodes: int) -> "FixedLayer":
@@ -85,7 +86,7 @@ class FixedCache(TreeCache):
         for layer_type, place in places.items():
             layers = [layer for layer, name in zip(self.layers, self.layer_types) if name == layer_type]
             layers = [layer for layer in layers if layer.is_initialized]
-            targets = targets_of(place, nodes).to(nodes.device, non_blocking=True)
+            targets = targets_of(place, nodes)
             self.mover([buffer for layer in layers for buffer in layer._buffers], place.start + nodes, targets)
             for layer in layers:
                 layer.set_lengths([length + count for length, count in zip(place.lengths, counts)])

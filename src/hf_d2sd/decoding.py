@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import acceptance
+from .cache import per_row
 from .choosing import Chooser, Choosers
 from .context import ContextSource
 from .costs import PASS
@@ -103,7 +104,7 @@ class Batch:
         return self._state(anchors)
 
     def _state(self, anchors: list[int], fixed_shapes: bool = False) -> State:
-        on_device = torch.tensor(anchors, device=self.target.device)
+        on_device = per_row(anchors, self.target.device)
         rooms = self.choosers.rooms
         state = State(on_device, self.drafters, self.options, rooms, fixed_shapes, self.context, self.pace)
         if self.pace is not None:

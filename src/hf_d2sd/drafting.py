@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import paths
 from .attention import Nodes, TreeAttention
-from .cache import Place, TreeCache
+from .cache import Place, TreeCache, per_row
 from .candidates import Draft
 from .compat import execution_device, without_embed_norm
 from .modeling import D2SDDrafterModel
@@ -207,9 +207,10 @@ class Drafter:
 
     def _positions(self, counts: list[int], width: int, depths: Tensor) -> Tensor:
         """(B, C + K·γ): of the new context, whose filling may stand anywhere, and of the blocks."""
-        starts = torch.tensor(self.context.positions, device=self.device)[:, None]
-        new = starts - torch.tensor(counts, device=self.device)[:, None] + torch.arange(width, device=self.device)
-        return torch.cat([new, starts + depths], dim=1)
+        starts = self.context.positions
+        first = per_row([start - count for start, count in zip(starts, counts)], self.device)
+        new = first[:, None] + torch.arange(width, device=self.device)
+        return torch.cat([new, per_row(starts, self.device)[:, None] + depths], dim=1)
 
 
 def _best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .cache import per_row
 from .candidates import Draft, expand, join, likeliest_prefixes, merge
 from .context import ContextSource
 from .costs import FIRST, REST, SECOND
@@ -69,7 +70,7 @@ class State:
     @property
     def max_depth(self) -> Tensor | None:
         """(B,), how deep a tree may be; `None`: any depth."""
-        return None if self.rooms is None else torch.tensor(self.rooms, device=self.anchors.device) - 1
+        return None if self.rooms is None else per_row([room - 1 for room in self.rooms], self.anchors.device)
 
     def reach(self, candidates: Candidates | None) -> list[float]:
         """What `paying.trees` weighs: how likely the best, second best, ... node is reached, summed over the rows."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .attention import Nodes, TreeAttention
-from .cache import Place, TreeCache, full_lengths
+from .cache import Place, TreeCache, full_lengths, per_row
 from .compat import captured_layers, execution_device, forward, prompt_inputs, tree_inputs, with_logits_of
 from .recurrent import Chains, Pass, going_on, pass_over, watch
 from .tree import CandidateTree
@@ -210,7 +210,7 @@ class Target:
 
         A tree is text, and along text each axis goes on by one a token, from where the prompt's last token left it.
         """
-        positions = torch.tensor(self.positions, device=self.device)[:, None] + depths
+        positions = per_row(self.positions, self.device)[:, None] + depths
         return positions if self._axes_ahead is None else positions + self._axes_ahead[:, self.rows, None]
 
     def _verify_chains(self, chains: Chains) -> TargetPass:

@@ -34,9 +34,9 @@ class Chains:
     where none begins, it has no query and one key that nobody sees.
     """
 
-    order: Tensor  # (B·N,), the nodes b·N + n, chain by chain
+    order: Tensor | None  # (B·N,), the nodes b·N + n, chain by chain; `None`: they are
     query_starts: Tensor  # (B·N + 1,) int32, where each segment's queries begin
-    keys: Tensor  # (T,), the nodes b·N + n that stand as keys, segment by segment; some more at the end
+    keys: Tensor | None  # (T,), the nodes b·N + n that stand as keys, segment by segment; some more at the end
     key_starts: Tensor  # (B·N + 1,) int32
 
 
@@ -125,10 +125,10 @@ class CandidateTree:
         """(B, N, N) bool: whether node q attends to node k, that is, k is q or one of its ancestors."""
         size = len(self)
         nodes = torch.arange(size, device=self.tokens.device)
-        reach = (self.parents[..., None] == nodes) | (nodes[:, None] == nodes)
+        reach = ((self.parents[..., None] == nodes) | (nodes[:, None] == nodes)).float()
         for _ in range((size if self.max_depth is None else self.max_depth + 1).bit_length()):  # 2, 4, 8, ... up
-            reach = (reach.float() @ reach.float()) > 0
-        return reach
+            reach = (reach @ reach).clamp(max=1)
+        return reach > 0
 
     def chains(self, visible: Tensor) -> Chains:
         """Cut the trees into chains: a node's first child goes on with its chain, every other child begins one.
