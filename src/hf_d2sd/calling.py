@@ -56,11 +56,7 @@ def assisted_decode(
     models = assistant.drafters if options.redrafts else assistant.drafters[:1]
     worker = _open_target(target, models, prompt, generation_config, user_cache, returns_cache)
     drafters = _open_drafters(assistant, models, worker, user_cache, options)
-    assistant.last_stats = stats = D2SDStats(
-        prompt_tokens=sum(prompt.counts),
-        attention_backend=str(worker.attention),
-        trace=[] if options.trace else None,
-    )
+    assistant.last_stats = stats = D2SDStats(prompt_tokens=sum(prompt.counts), trace=[] if options.trace else None)
     observer, shapes = Observer(stats, streamer), shapes_of(assistant, options.compile)
     if recurrent:
         _check_recurrent(shapes is not contextlib.nullcontext, choosers, returns_cache)
