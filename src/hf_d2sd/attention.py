@@ -354,7 +354,7 @@ class TreeAttention:
 
 def _key_positions(nodes: Nodes, place: Place) -> Tensor:
     """(B, keys): of each key of a layer the position after its row's first, of nodes that of their depth."""
-    lengths = torch.tensor(place.lengths, device=nodes.depths.device)[:, None]
+    lengths = place.ends(nodes.depths.device)[:, None]
     stored = torch.arange(place.start, device=lengths.device).expand(len(lengths), -1)
     return torch.cat([stored, lengths + nodes.depths], dim=1)
 
@@ -432,7 +432,7 @@ def plan_layer(
         window: a node sees positions nearer than this; `None` for all.
     """
     device, deepest = nodes.depths.device, nodes.max_depth
-    ends, longest = torch.tensor(place.lengths, device=device), layer.bound(place.lengths)
+    ends, longest = place.ends(device), layer.bound(place.lengths)
     narrow = window is not None and longest + deepest >= window
     starts, edge, mask = torch.zeros_like(ends), None, None
     first, end = layer.first_handed_out, place.start + len(nodes)
@@ -454,7 +454,7 @@ def plan_layer(
         longest=longest,
         deepest=deepest,
         causal=nodes.block_size is None or nodes.one_sided,
-        has_prefix=not few and max(place.lengths) > 0 and (window is None or not narrow or deepest + 1 < window),
+        has_prefix=not few and longest > 0 and (window is None or not narrow or deepest + 1 < window),
     )
 
 
@@ -493,7 +493,7 @@ def tree_mask(nodes: Nodes, place: Place, layer: TreeLayer, window: int | None) 
         (B, N, keys) bool; the nodes are the last keys.
     """
     device = nodes.depths.device
-    ends = torch.tensor(place.lengths, device=device)[:, None, None]
+    ends = place.ends(device)[:, None, None]
     slots = torch.arange(layer.first_handed_out, place.start, device=device)  # stored keys handed out
     seen = (slots < ends).expand(len(place.lengths), nodes.depths.shape[1], -1)
     if window is not None:

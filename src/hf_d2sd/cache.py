@@ -36,7 +36,13 @@ class Place:
     """Where a pass's tokens stand in the layers of one type, as its cache was before the pass."""
 
     start: int  # slot of the first of them, the same in all rows
-    lengths: list[int]  # by row, how many stored tokens they see; the other slots before `start` count for nothing
+    # By row, how many stored tokens they see; the other slots before `start` count for nothing. A tensor (B,) where
+    # cycles do not ask the host.
+    lengths: list[int] | Tensor
+
+    def ends(self, device: torch.device) -> Tensor:
+        """(B,), the lengths there."""
+        return torch.as_tensor(self.lengths, device=device)
 
 
 class TreeLayer(DynamicLayer):

@@ -1,6 +1,5 @@
 """One call of `generate`: what decoding works on is made from its arguments, and what it returns from the outcome."""
 
-import contextlib
 import weakref
 
 from torch import Tensor
@@ -8,11 +7,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from .cache import TreeCache, check_supported, is_recurrent, save_contexts, saved_contexts
-from .captured import shapes_of
 from .choosing import Choosers, Record
 from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, own_cache_class, pad_token
 from .decoding import Batch, decode
 from .drafting import DraftContext, Drafter
+from .graphs import cycles_of
 from .modeling import D2SDAssistant
 from .observing import Observer
 from .options import DecodingOptions, settle
@@ -58,12 +57,13 @@ def assisted_decode(
         attention_backend=str(worker.attention),
         trace=[] if options.trace else None,
     )
-    observer, shapes = Observer(stats, streamer), shapes_of(assistant, options.compile)
+    observer = Observer(stats, streamer)
     if recurrent:
-        _check_recurrent(shapes is not contextlib.nullcontext, choosers, returns_cache)
+        _check_recurrent(options.compile, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
-    decode(Batch(worker, drafters, choosers, options), passes, observer, shapes)
+    batch = Batch(worker, drafters, choosers, options)
+    decode(batch, passes, observer, cycles_of(assistant, batch))
     observer.end()
     choosers.cut()
     output = _join_output(worker if returns_cache else None, prompt, choosers, generation_config, user_cache)

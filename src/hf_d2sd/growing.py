@@ -23,13 +23,14 @@ class State:
     anchors: Tensor  # (B,)
     drafters: list[Drafter]  # first and second; the first alone for no branches
     options: "DecodingOptions"
-    rooms: list[int] | None = None  # by row, how many tokens may still be emitted; `None`: no limit
+    # By row, how many tokens may still be emitted; `None`: no limit. (B,) where cycles do not ask the host.
+    rooms: list[int] | Tensor | None = None
     fixed_shapes: bool = False  # whether all cycles must have tensors of the same shapes
 
     @property
     def has_room(self) -> bool:
         """Whether some row may emit more than the target's own next token."""
-        return self.rooms is None or max(self.rooms) > 1 or self.fixed_shapes
+        return self.fixed_shapes or self.rooms is None or max(self.rooms) > 1
 
     def draft(self, width: int = 1) -> Draft:
         """The first drafter's blocks after the anchors."""
@@ -45,7 +46,7 @@ class State:
 
     def tree(self, candidates: Candidates, fixed_size: bool = False) -> CandidateTree:
         """The best nodes: no more than the budget, none deeper than what may be emitted for it."""
-        max_depth = None if self.rooms is None else torch.tensor(self.rooms, device=self.anchors.device) - 1
+        max_depth = None if self.rooms is None else torch.as_tensor(self.rooms, device=self.anchors.device) - 1
         return CandidateTree.from_candidates(
             self.anchors,
             candidates,
