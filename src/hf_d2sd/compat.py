@@ -619,10 +619,8 @@ _WITH_STATE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuida
 
 _OF_LOGITS = {
     logits_process.EpsilonLogitsWarper,
-    logits_process.EtaLogitsWarper,
     logits_process.LogitNormalization,
     logits_process.MinPLogitsWarper,
-    logits_process.SuppressTokensLogitsProcessor,
     logits_process.TemperatureLogitsWarper,
     logits_process.TopKLogitsWarper,
     logits_process.TopPLogitsWarper,
@@ -631,7 +629,7 @@ _OF_LOGITS = {
 
 
 def reads_logits_alone(processor) -> bool:
-    """Whether a processor's scores follow from the logits, whatever the text so far."""
+    """Whether a processor's scores follow from the logits alone, by what runs on the device without asking the host."""
     return type(processor) in _OF_LOGITS
 
 
