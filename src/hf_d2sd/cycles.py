@@ -113,10 +113,10 @@ class CycleCache(TreeCache):
         for layer, other in zip(self.layers, cache.layers):
             layer.load(other)
 
-    def hand_to(self, cache: TreeCache, gained: list[int]) -> None:
-        """Let another cache, which held what this one did at first, hold what each row has gained as well."""
+    def hand_to(self, cache: TreeCache, lengths: list[int]) -> None:
+        """Let another cache hold each row's first `lengths[b]` tokens."""
         for layer, other in zip(self.layers, cache.layers):
-            layer.hand_to(other, [length + more for length, more in zip(other.lengths, gained)])
+            layer.hand_to(other, lengths)
 
     def keep(self, places: dict[str, Place], nodes: Tensor, counts) -> None:
         """Move the nodes (B, A) behind each row's own tokens; those beyond its count will be written over."""

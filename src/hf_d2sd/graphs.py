@@ -136,16 +136,17 @@ class Recorded:
     def release(self, batch: Batch, gained: list[int]) -> None:
         """Let a batch hold what its rows have gained, and nothing of cycles that were too many."""
         target = batch.target
-        self.cycle.target.cache.hand_to(target.cache, gained)
+        for layer, other in zip(self.cycle.target.cache.layers, target.cache.layers):
+            layer.hand_to(other, [length + more for length, more in zip(other.lengths, gained)])
         target.positions = [position + more for position, more in zip(target.positions, gained)]
         known, counts = self.state.gained.tolist(), self.state.counts.tolist()
-        for drafter, other, waiting in zip(self.cycle.drafters, batch.drafters, self.state.waiting):
-            read = [of_row - count for of_row, count in zip(known, counts)]
-            drafter.context.cache.hand_to(other.context.cache, read)
+        pairs = zip(self.cycle.drafters, batch.drafters, self.cycle.origin.read, self.state.waiting)
+        for drafter, other, read, waiting in pairs:
+            cached = [first + more - count for first, more, count in zip(read.tolist(), known, counts)]
+            drafter.context.cache.hand_to(other.context.cache, cached)
             other.context.positions = [position + more for position, more in zip(other.context.positions, known)]
-            other.context.waiting = ((waiting.clone(), counts),)
-            if len(counts) == 1:
-                other.context.waiting = ((waiting[:, : counts[0]].clone(), counts),)
+            other.context.waiting = ((waiting[:, : max(counts)].clone(), counts),)
+            if len(counts) == 1:  # of batches contexts are not gone on from
                 other.context.cut(target.positions[0])
 
 
@@ -189,11 +190,11 @@ def _origin_of(batch: Batch, contexts: list[DraftContext]) -> Origin:
 
 
 def _blank(origin: Origin) -> Origin:
-    """Of empty rows, in tensors of its own."""
-    parts = {name: torch.zeros_like(tensor) for name, tensor in origin.stored.items()}
-    read = tuple(torch.zeros_like(tensor) for tensor in origin.read)
-    positions, rooms, ends = (torch.zeros_like(x) for x in (origin.positions, origin.rooms, origin.ends))
-    return Origin(positions, rooms, parts, read, ends, None if origin.axes is None else torch.zeros_like(origin.axes))
+    """Of rows that hold one token, in tensors of its own: some kernels take no empty prefix."""
+    stored = {name: torch.ones_like(tensor) for name, tensor in origin.stored.items()}
+    positions, rooms, ends = (torch.ones_like(tensor) for tensor in (origin.positions, origin.rooms, origin.ends))
+    axes = None if origin.axes is None else torch.zeros_like(origin.axes)
+    return Origin(positions, rooms, stored, tuple(torch.ones_like(tensor) for tensor in origin.read), ends, axes)
 
 
 def _blank_state(cycle: Cycle, batch: Batch) -> CycleState:
@@ -293,8 +294,10 @@ class WholeCycles:
         compiler = None
         if self.compile_options is not None:
             compiler = functools.partial(torch.compile, fullgraph=True, **self.compile_options)
+        device = batch.target.device
         try:
-            recorded = Recorded(batch, capacity, compiler, self.recorder)
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # what is tried draws as well
+                recorded = Recorded(batch, capacity, compiler, self.recorder)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
