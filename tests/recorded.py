@@ -4,15 +4,16 @@ import functools
 import types
 
 import torch
+from reference import PackedReference, refuse_what_flash_attention_refuses
 from tiny import tiny_drafter, tiny_target
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_d2sd import D2SDAssistant
+from hf_d2sd import D2SDAssistant, graphs
 from hf_d2sd.candidates import Draft
 from hf_d2sd.drafting import Drafter
-from hf_d2sd.graphs import Rerun
+from hf_d2sd.graphs import Graph
 
 # What decodes by each policy, the first as published.
 POLICIES = {
@@ -27,10 +28,57 @@ POLICIES = {
 }
 
 
-class RerunAhead(Rerun):
-    """As a graph on a GPU: a cycle is begun before the one before it is read."""
+class GraphOnCpu(Graph):
+    """A graph as on a GPU, and what stands for it runs again; see `without_cuda`."""
 
-    ahead = 1
+    def __init__(self, run, device):
+        super().__init__(run, device)
+        self.replay = run
+
+
+def without_cuda(monkeypatch) -> None:
+    """Let what `Graph` calls do nothing, so that its own lines run, and cycles are begun as early as on a GPU."""
+
+    class Nothing:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def nothing(self, *args):
+            pass
+
+        wait_stream = record = synchronize = replay = nothing
+
+    for name in ("CUDAGraph", "Event", "Stream", "current_stream", "device", "graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(graphs, "Rerun", GraphOnCpu)
+
+
+class PackedOnDevice(PackedReference):
+    """The packed reference, computed without asking the host."""
+
+    def varlen(self, q, k, v, packing, scoring):
+        refuse_what_flash_attention_refuses(q, k, v, packing)
+        at, segments = [], []
+        for starts, size in ((packing.query_starts, len(q)), (packing.key_starts, len(k))):
+            place = torch.arange(size, device=q.device, dtype=torch.int32)
+            segments.append(torch.searchsorted(starts[1:].contiguous(), place, right=True))
+            ends = torch.nn.functional.pad(starts[1:], (0, 1), value=size)
+            at.append(ends[segments[-1]] - place)  # from the end
+        seen = segments[0][:, None] == segments[1]
+        if packing.causal:
+            seen = seen & (at[1] >= at[0][:, None])
+        group = q.shape[1] // k.shape[1]
+        scores = torch.einsum("qhd,khd->hqk", q.double(), k.double().repeat_interleave(group, 1)) * scoring.scale
+        scores = scores.masked_fill(~seen, -torch.inf)
+        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.double().repeat_interleave(group, 1))
+        return out.to(q.dtype), scores.logsumexp(-1).float()
 
 
 def new_pair(**changes) -> D2SDAssistant:

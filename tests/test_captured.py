@@ -1,11 +1,24 @@
 """Whole cycles on the device: one function of tensors, which asks the host nothing, and the loop that replays it."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
-from recorded import POLICIES, NoHost, RerunAhead, Truth, decode, new_pair, recorded_of, to_meta
+from recorded import (
+    POLICIES,
+    GraphOnCpu,
+    NoHost,
+    PackedOnDevice,
+    Truth,
+    decode,
+    new_pair,
+    recorded_of,
+    to_meta,
+    without_cuda,
+)
 from test_batch import ends_of, pad, prompts
 from test_sampling import marginal, p_value
 from test_threads import state_of
@@ -13,6 +26,7 @@ from test_vocabulary import PRUNED
 from tiny import prompt, tiny_drafter, tiny_target
 
 from hf_d2sd import D2SDAssistant, choosing, graphs
+from hf_d2sd.kernels import KERNELS
 from hf_d2sd.modeling import CACHE_NAME
 
 SAMPLED = dict(do_sample=True, top_k=9, temperature=1.3, top_p=0.95, min_p=0.01)
@@ -22,7 +36,7 @@ HEADS = dict(path_rank=4, path_candidates=5)
 @pytest.fixture
 def late(monkeypatch):
     """Cycles are begun before the host has read the one before, as with a graph."""
-    monkeypatch.setattr(graphs, "Rerun", RerunAhead)
+    without_cuda(monkeypatch)
 
 
 def captured(rows: int = 1, backend: str = "masked", pair=None, target=None, **options):
@@ -60,7 +74,15 @@ SHAPES = {
     "sampled batch of wide trees": dict(rows=3, **SAMPLED, **POLICIES["wide"]),
     "sdpa": dict(backend="sdpa"),
     "eager": dict(backend="eager", rows=3),
+    "packed": dict(backend="packed"),
+    "packed, batch": dict(backend="packed", rows=3, **POLICIES["levels"]),
 }
+
+
+@pytest.fixture(autouse=True)
+def packed_on_device(monkeypatch):
+    """A backend "packed" that takes what FlashAttention's packed calls take."""
+    monkeypatch.setitem(KERNELS, "packed", PackedOnDevice())
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -183,7 +205,8 @@ def test_what_a_cycle_too_many_wrote_is_cut(family, late, monkeypatch):
     whole = plain_texts(family, [ids[0]], new=60)[0]
     Truth(monkeypatch, [whole], accuracy=0.95)
     launched = []
-    monkeypatch.setattr(RerunAhead, "fetch", lambda self, report: launched.append(1) or report.clone().tolist)
+    stock = GraphOnCpu.fetch
+    monkeypatch.setattr(GraphOnCpu, "fetch", lambda *args: launched.append(1) or stock(*args))
     for length in (19, 20, 21, 22, 23):
         pair, ends = new_pair(), lambda ids, scores, length=length: torch.tensor([ids.shape[1] >= length])
         pair.compile(backend=None)
@@ -438,3 +461,99 @@ def test_a_limit_is_needed_and_a_cycle_that_breaks_is_refused_with_a_way_on(monk
     monkeypatch.setattr(graphs.Recorded, "__init__", breaks)
     with pytest.raises(ValueError, match=r"no graph of this.*whole=False"):
         decode(pair, prompt(9))
+
+
+# On a GPU, and here with what stands for a graph ---------------------------------------------------------------------
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def on(request, monkeypatch):
+    """A device, where there is a graph or what stands for it."""
+    if request.param == "cpu":
+        without_cuda(monkeypatch)
+    return request.param
+
+
+def models_on(device: str, dtype: torch.dtype = torch.float32, family: str = "llama"):
+    target, pair = copy.deepcopy(tiny_target(family)).to(device, dtype), new_pair().to(device, dtype)
+    pair.compile(backend=None)
+    return target, pair
+
+
+@pytest.mark.parametrize("on", DEVICES, indirect=True)
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 3)])
+def test_a_replayed_cycle_leaves_what_running_it_leaves(on, dtype, rows, monkeypatch):
+    """In 200 cycles on a GPU (20 here) after prompts of all lengths, of drafts from never to always right."""
+    target, pair = models_on(on, dtype)
+    cycles, wanted, stock, paths = [], 200 if on == "cuda" else 20, graphs.Recorded.launch, set()
+
+    def launch(recorded):
+        twins = [recorded.cycle.target.cache, *(drafter.context.cache for drafter in recorded.cycle.drafters)]
+        buffers = [buffer for cache in twins for layer in cache.layers for buffer in layer._buffers]
+        before = [buffer.clone() for buffer in buffers]
+        expected = [tensor.clone() for tensor in (*recorded.cycle(recorded.state).tensors(), *buffers)]
+        for buffer, old in zip(buffers, before):
+            buffer.copy_(old)
+        read = stock(recorded)
+        for seen, one in zip((*recorded.state.tensors(), *buffers), expected, strict=True):
+            torch.testing.assert_close(seen, one)
+        cycles.append(recorded)
+        paths.update(recorded.state.counts.tolist())
+        return read
+
+    monkeypatch.setattr(graphs.Recorded, "launch", torch.no_grad()(launch))
+    for seed in range(100):
+        texts = [prompt(3 + (7 * seed + 5 * row) % 41, seed + row)[0] for row in range(rows)]
+        ids = {name: tensor.to(on) for name, tensor in pad(texts).items()}
+        plain = decode(None, ids, target=target, new=40)
+        own = [row[int((mask == 0).sum()) :].tolist() for row, mask in zip(plain, ids["attention_mask"])]
+        with monkeypatch.context() as patch:
+            Truth(patch, own, (0.8, 0.5, 1.0, 0.0)[seed % 4], device=on)
+            ours = decode(pair, ids, target=target, new=40)
+        if dtype == torch.float32:
+            assert ours.tolist() == plain.tolist()
+        if len(cycles) >= wanted:
+            break
+    assert len(cycles) >= wanted
+    assert len(pair._recorded) == 1
+    assert len(paths - {0}) >= 3, "paths of several lengths must be moved"
+
+
+@pytest.mark.parametrize("on", DEVICES, indirect=True)
+def test_two_shapes_are_recorded_side_by_side(on):
+    target, pair = models_on(on)
+    for _ in range(2):
+        for length, options in ((9, {}), (14, dict(d2sd_num_branches=0)), (5, dict(d2sd_levels=3))):
+            ids = prompt(length).to(on)
+            plain = decode(None, ids, target=target)
+            assert decode(pair, ids, target=target, **options).tolist() == plain.tolist()
+    assert len(pair._recorded) == 3
+
+
+@pytest.mark.parametrize("on", DEVICES, indirect=True)
+def test_what_was_recorded_goes_with_the_assistant(on):
+    target, pair = models_on(on)
+    gc.collect()
+    before = torch.cuda.memory_allocated() if on == "cuda" else 0
+    held = decode(pair, prompt(9).to(on), target=target, return_dict_in_generate=True)
+    recorded = weakref.ref(recorded_of(pair))
+    if on == "cuda":
+        assert torch.cuda.memory_allocated() > before
+    sequence = held.sequences.tolist()
+    del pair, held
+    gc.collect()
+    assert recorded() is None
+    if on == "cuda":
+        assert torch.cuda.memory_allocated() <= before
+    assert sequence == decode(None, prompt(9).to(on), target=target).tolist()
+
+
+@pytest.mark.gpu
+def test_fused_and_recorded_cycles_give_the_same_text():
+    target, pair = models_on("cuda")
+    pair.compile()
+    for length in (9, 14):
+        plain = decode(None, prompt(length).cuda(), target=target)
+        assert decode(pair, prompt(length).cuda(), target=target).tolist() == plain.tolist()

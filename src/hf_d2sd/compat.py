@@ -629,7 +629,7 @@ _OF_LOGITS = {
 
 
 def reads_logits_alone(processor) -> bool:
-    """Whether a processor's scores follow from the logits alone, by what runs on the device without asking the host."""
+    """Whether a processor's scores follow from the logits alone, computed without asking the host."""
     return type(processor) in _OF_LOGITS
 
 

@@ -42,7 +42,7 @@ class Rerun:
 
     ahead = 0  # how many cycles are begun before the host has read one
 
-    def __init__(self, run: Callable[[], None]):
+    def __init__(self, run: Callable[[], None], device: torch.device):
         self.replay = run
         run()
 
@@ -52,35 +52,37 @@ class Rerun:
 
 
 class Graph:
-    """What a function launches on the GPU, as one CUDA graph. It must use the same tensors each time."""
+    """What a function launches on a GPU, as one CUDA graph. It must use the same tensors each time."""
 
     ahead = 1
 
-    def __init__(self, run: Callable[[], None]):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels choose how they run, and libraries take their memory
-            for _ in range(2):
+    def __init__(self, run: Callable[[], None], device: torch.device):
+        graph, self._device = torch.cuda.CUDAGraph(), device
+        with torch.cuda.device(device):
+            stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):  # kernels choose how they run, and libraries take their memory
+                for _ in range(2):
+                    run()
+            here.wait_stream(stream)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            run()
-        self.replay = graph.replay
+        self.replay: Callable[[], None] = graph.replay
         self._pinned: list[Tensor] = []
 
     def fetch(self, report: Tensor) -> Callable[[], list]:
-        """As `Rerun.fetch`; the copy follows what was launched before, and waits for it only when it is read."""
+        """As `Rerun.fetch`: the copy comes after all that was launched before, and is waited for when it is read."""
         if not self._pinned:
             self._pinned = [torch.empty_like(report, device="cpu").pin_memory() for _ in range(self.ahead + 1)]
-        self._pinned.append(here := self._pinned.pop(0))
-        here.copy_(report, non_blocking=True)
+        kept = self._pinned.pop(0)  # whose last reader is done
+        self._pinned.append(kept)
+        kept.copy_(report, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
 
         def read() -> list:
             event.synchronize()
-            return here.tolist()
+            return kept.tolist()
 
         return read
 
@@ -101,7 +103,7 @@ class Recorded:
         report = self.cycle(self.state).report  # as it is: what is made once, and how large trees are
         self.state = replace(self.state, report=torch.zeros_like(report))
         self._function = self.cycle if compiler is None else compiler(_with_own_code(self.cycle))
-        self._graph = recorder(self._run)
+        self._graph = recorder(self._run, batch.target.device)
         self.ahead = self._graph.ahead
 
     def _run(self) -> None:
