@@ -58,6 +58,8 @@ class Observer(Protocol):
 
     def see(self, batch: "Batch", tree: CandidateTree, step: TargetPass, accepted: "Accepted") -> None: ...
 
+    def count(self, accepted: "Accepted") -> None: ...  # of a cycle that `see` is not shown
+
 
 @dataclass(frozen=True)
 class Accepted:

@@ -23,11 +23,10 @@ from .cycles import (
     CycleTarget,
     Origin,
 )
-from .decoding import Batch, cycle
+from .decoding import Batch, Observer, cycle
 from .drafting import DraftContext
 from .growing import plain, policy_of
 from .modeling import D2SDAssistant
-from .observing import Observer
 from .tree import HostTree
 
 logger = logging.get_logger(__name__)
