@@ -183,6 +183,7 @@ def test_a_ragged_batch_whose_rows_end_early(family, late, monkeypatch):
     ours = decode(pair, inputs, family, 20, **options)
     assert ours.sequences.tolist() == plain.tolist()
     assert pair.last_stats.new_tokens == sum(map(len, truths))
+    assert not recorded_of(pair).state.alive.any(), "the device must know by itself which rows have ended"
     plain = decode(None, inputs, family, 20, **options)
     assert_same_cache(ours[CACHE_NAME], plain[CACHE_NAME], plain.sequences, inputs["attention_mask"])
 

@@ -86,8 +86,9 @@ class CycleLayer(FixedLayer):
                 buffer[:, :, : max(lengths)] = new[:, :, : max(lengths)]
             layer.set_lengths(lengths)
 
-    def place(self) -> Place:
-        return Place(self.capacity, self.lengths)
+    def begin(self, lengths: Tensor) -> None:
+        """Of a cycle: how many tokens each row holds (B,)."""
+        self.lengths = lengths
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         assert self.slots is not None
@@ -108,6 +109,9 @@ class CycleCache(TreeCache):
     @property
     def capacity(self) -> int:
         return self.layers[0].capacity
+
+    def by_type(self) -> dict[str, CycleLayer]:
+        return super().by_type()
 
     def load(self, cache: TreeCache) -> None:
         for layer, other in zip(self.layers, cache.layers):
@@ -131,6 +135,7 @@ class CycleContext(DraftContext):
     """A drafter's context: before a cycle's first draft it takes in the features that wait, before others nothing."""
 
     cache: CycleCache
+    positions: Any  # (B,), once a cycle has begun
 
     def begin(self, positions: Tensor, known: Tensor, features: Tensor, counts: Tensor) -> None:
         """Of a cycle.
@@ -139,20 +144,20 @@ class CycleContext(DraftContext):
             positions: (B,), of the anchors; known: (B,), tokens that it knows, those that wait included.
             features: (B, W, F), what waits; counts: (B,), how many of these are a row's own.
         """
-        self.positions, self.known, self.waiting = positions, known, (features, counts)  # type: ignore[assignment]
+        self.positions, self.known, self.incoming = positions, known, (features, counts)
 
     def extend(self, features: Tensor, positions, counts) -> None:
         self.gained = features
 
     def open(self, rows: int, size: int) -> ContextPlace:
-        features, counts = self.waiting
-        self.waiting = features[:, :0], torch.zeros_like(counts)
+        features, counts = self.incoming
+        self.incoming = features[:, :0], torch.zeros_like(counts)
         start, width = self.cache.capacity, features.shape[1]
         before = self.known - counts
         slots = before[:, None] + torch.arange(width, device=before.device)
         blocks = torch.arange(start, start + size, device=before.device).expand(rows, -1)
         self.cache.place(torch.cat([slots, blocks], dim=1), start + size)
-        return ContextPlace(features, counts, Place(start, self.known))  # type: ignore[arg-type]
+        return ContextPlace(features, counts, Place(start, self.known))
 
     def close(self, place: ContextPlace) -> None:
         pass
@@ -181,6 +186,7 @@ class CycleWords(CallWords):
         self.count = words.count
 
     def _put(self, new: list[int]) -> None:
+        assert self.rows is not None
         here = slice(self.count, self.count + len(new))
         self.ids[here] = torch.tensor(new, dtype=torch.long, device=self.ids.device)
         self.rows[here] = self._head.weight.detach()[self.ids[here]]
@@ -199,6 +205,7 @@ class CycleDrafter(Drafter):
     """A drafter with such a context; its own draws are of torch's generator, which a graph knows how to use."""
 
     context: CycleContext
+    words: CycleWords
 
     @classmethod
     def like(cls, drafter: Drafter, target, cache: CycleCache, backend: str | None) -> "CycleDrafter":
@@ -220,6 +227,7 @@ class CycleTarget(Target):
     """The target with such a cache."""
 
     cache: CycleCache
+    positions: Any  # (B,), once a cycle has begun
     axes_ahead: Tensor | None = None  # (A, B), once a cycle has begun
 
     def __init__(self, target: Target, cache: CycleCache, nodes: int):
@@ -229,9 +237,9 @@ class CycleTarget(Target):
 
     def begin(self, positions: Tensor, axes: Tensor | None, lengths: dict[str, Tensor]) -> None:
         """Of a cycle: positions (B,), the axes ahead of them (A, B), and tokens in the cache (B,) by layer type."""
-        self.positions, self.axes_ahead = positions, axes  # type: ignore[assignment]
+        self.positions, self.axes_ahead = positions, axes
         for name, layer in self.cache.by_type().items():
-            layer.lengths = lengths[name]
+            layer.begin(lengths[name])
 
     def commit(self, step: TargetPass, paths: Tensor, counts) -> None:
         assert step.places is not None

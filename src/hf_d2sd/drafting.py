@@ -213,7 +213,7 @@ class Drafter:
             self._nodes[shape] = Nodes.of_blocks(*shape, self.device)
         return self._nodes[shape]
 
-    def _positions(self, counts: list[int], width: int, depths: Tensor) -> Tensor:
+    def _positions(self, counts: list[int] | Tensor, width: int, depths: Tensor) -> Tensor:
         """(B, C + K·γ): of the new context, whose filling may stand anywhere, and of the blocks."""
         starts = torch.as_tensor(self.context.positions, device=self.device)[:, None]
         new = starts - torch.as_tensor(counts, device=self.device)[:, None] + torch.arange(width, device=self.device)
@@ -254,7 +254,7 @@ class ContextPlace:
     """Where one pass's tokens stand in a drafter's cache: the new context behind each row's, then the blocks."""
 
     features: Tensor  # (B, C, F), the new context
-    counts: list[int]  # by row, how many of these are its own
+    counts: list[int] | Tensor  # by row, how many of these are its own
     blocks: Place  # of the blocks: they see what each row's cache holds with its new context
 
 

@@ -61,7 +61,7 @@ class Graph:
             stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(here)
             with torch.cuda.stream(stream):  # kernels choose how they run, and libraries take their memory
-                for _ in range(2):
+                for _ in range(3):
                     run()
             here.wait_stream(stream)
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -287,8 +287,8 @@ class WholeCycles:
 
     def _put(self, key: tuple, recorded: Recorded) -> None:
         self.known[key] = recorded
-        while len(self.known) > _MOST_RECORDED:
-            self.known.pop(next(iter(self.known)))
+        for oldest in list(self.known)[:-_MOST_RECORDED]:
+            self.known.pop(oldest, None)
 
     def _record(self, batch: StayingBatch, capacity: int) -> Recorded:
         start = time.perf_counter()
