@@ -626,7 +626,13 @@ class D2SDAssistant(D2SDPreTrainedModel):
         return self.last_stats.attention_backend if self.last_stats is not None else None
 
     def compile(self, **options) -> None:
-        """Let later calls decode with tensors of fixed shapes, their passes compiled by `torch.compile(**options)`."""
+        """Let later calls decode in cycles of fixed shapes, recorded once and replayed; on a GPU as one CUDA graph.
+
+        Args:
+            options: for `torch.compile`, which fuses a cycle before it is recorded. `backend=None`: nothing is fused,
+                so that recording takes seconds. `whole=False`: nothing is recorded, and the passes of a cycle are
+                compiled one by one, as for calls whose cycles cannot be recorded.
+        """
         self.compile_options = options
 
     @property

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .cache import Place, TreeCache, TreeLayer, is_recurrent, layer_windows, per_row, side_by_side
+from .cache import Place, TreeCache, TreeLayer, is_recurrent, layer_windows, side_by_side
 from .compat import (
     attention_types_of,
     attention_within,
@@ -383,7 +383,7 @@ class TreeAttention:
 
 def _key_positions(nodes: Nodes, place: Place) -> Tensor:
     """(B, keys): of each key of a layer the position after its row's first, of nodes that of their depth."""
-    lengths = per_row(place.lengths, nodes.depths.device)[:, None]
+    lengths = place.ends(nodes.depths.device)[:, None]
     stored = torch.arange(place.start, device=lengths.device).expand(len(lengths), -1)
     return torch.cat([stored, lengths + nodes.depths], dim=1)
 
@@ -476,13 +476,13 @@ def plan_layer(
     narrow = window is not None and longest + deepest >= window
     first, end = layer.first_handed_out, place.start + len(nodes)
     if end - first <= most_at_once(kernel, layer, len(place.lengths)):
-        if not narrow and min(place.lengths) == place.start:  # all nodes see all that is stored
+        if not narrow and layer.is_known and min(place.lengths) == place.start:  # all nodes see all that is stored
             mask = as_bias(nodes.visible, dtype, kernel, place.start - first)
         else:
             mask = as_bias(tree_mask(nodes, place, layer, window), dtype, kernel)
         bounds = nodes.depths.new_empty(len(place.lengths), 2)  # of no prefix
         return LayerPlan(bounds, None, mask, [], [], longest, deepest, causal=True, has_prefix=False)
-    ends = per_row(place.lengths, device)
+    ends = place.ends(device)
     starts, few, mask = torch.zeros_like(ends), None, None
     if window is not None and narrow:
         starts, few, seen = _at_the_edge(nodes, ends, window)
@@ -491,7 +491,7 @@ def plan_layer(
     elif not kernel.packs:
         mask = as_bias(nodes.visible if len(ends) > 1 else nodes.visible[:1], dtype, kernel)
     bounds = (torch.stack([starts, ends], dim=1) - first).clamp(min=0)
-    has_prefix = max(place.lengths) > 0 and (window is None or not narrow or deepest + 1 < window)
+    has_prefix = longest > 0 and (window is None or not narrow or deepest + 1 < window)
     return LayerPlan(
         bounds=bounds,
         few=few,
@@ -545,7 +545,8 @@ def _pack_prefix(bounds: Tensor, num_nodes: int, layer: TreeLayer, place: Place)
     query_starts = (num_nodes * (rows[:, None] + torch.arange(2, device=bounds.device))).flatten()
     packed = [torch.nn.functional.pad(starts, (1, 0)).to(torch.int32) for starts in (query_starts, key_starts)]
     prefix = [*packed, *bounds.T.to(torch.int32, memory_format=torch.contiguous_format)]
-    empty = [(bounds[:, 0] >= bounds[:, 1])[:, None, None]] if min(place.lengths) == 0 else []
+    may_be_empty = not layer.is_known or min(place.lengths) == 0
+    empty = [(bounds[:, 0] >= bounds[:, 1])[:, None, None]] if may_be_empty else []
     return prefix + empty
 
 
@@ -562,7 +563,7 @@ def tree_mask(nodes: Nodes, place: Place, layer: TreeLayer, window: int | None) 
         (B, N, keys) bool; the nodes are the last keys.
     """
     device = nodes.depths.device
-    ends = per_row(place.lengths, device)[:, None, None]
+    ends = place.ends(device)[:, None, None]
     slots = torch.arange(layer.first_handed_out, place.start, device=device)  # stored keys handed out
     seen = (slots < ends).expand(len(place.lengths), nodes.depths.shape[1], -1)
     if window is not None:

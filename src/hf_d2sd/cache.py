@@ -36,7 +36,13 @@ class Place:
     """Where a pass's tokens stand in the layers of one type, as its cache was before the pass."""
 
     start: int  # slot of the first of them, the same in all rows
-    lengths: list[int]  # by row, how many stored tokens they see; the other slots before `start` count for nothing
+    # By row, how many stored tokens they see; the other slots before `start` count for nothing. A tensor (B,) where
+    # cycles do not ask the host.
+    lengths: list[int] | Tensor
+
+    def ends(self, device: torch.device) -> Tensor:
+        """(B,), the lengths there."""
+        return per_row(self.lengths, device)
 
 
 class TreeLayer(DynamicLayer):
@@ -299,8 +305,10 @@ def choose_rows(states: States, rows: list[int] | None) -> States:
     return map_states(lambda state: state[torch.tensor(rows, dtype=torch.long, device=state.device)], states)
 
 
-def per_row(values: list[int], device: torch.device) -> Tensor:
-    """(B,): numbers of the host on a device, where rows that all have the same need no copy."""
+def per_row(values: list[int] | Tensor, device: torch.device) -> Tensor:
+    """(B,): numbers on a device, where those of the host that are the same in all rows need no copy."""
+    if isinstance(values, Tensor):
+        return values.to(device)
     if min(values) == max(values):
         return torch.full((len(values),), values[0], device=device)
     return torch.tensor(values, device=device)

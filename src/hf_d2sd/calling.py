@@ -1,6 +1,5 @@
 """One call of `generate`: what decoding works on is made from its arguments, and what it returns from the outcome."""
 
-import contextlib
 import weakref
 
 from torch import Tensor
@@ -8,13 +7,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from .cache import TreeCache, check_supported, is_recurrent, save_contexts, saved_contexts
-from .captured import shapes_of
 from .choosing import Choosers, Record
 from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, own_cache_class, pad_token
 from .context import ContextSource
 from .costs import Place, Stopwatch, costs_of, guess
 from .decoding import Batch, decode
 from .drafting import DraftContext, Drafter
+from .graphs import cycles_of
 from .modeling import D2SDAssistant
 from .observing import Observer
 from .options import MOST_NODES, DecodingOptions, settle
@@ -57,14 +56,15 @@ def assisted_decode(
     worker = _open_target(target, models, prompt, generation_config, user_cache, returns_cache)
     drafters = _open_drafters(assistant, models, worker, user_cache, options)
     assistant.last_stats = stats = D2SDStats(prompt_tokens=sum(prompt.counts), trace=[] if options.trace else None)
-    observer, shapes = Observer(stats, streamer), shapes_of(assistant, options.compile)
+    observer = Observer(stats, streamer)
     if recurrent:
-        _check_recurrent(shapes is not contextlib.nullcontext, choosers, returns_cache)
+        _check_recurrent(options.compile, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
     pace = _open_pace(assistant, worker, drafters, options, stats)
     context = ContextSource(texts_of(input_ids, prompt.mask)) if options.context_nodes else None
-    decode(Batch(worker, drafters, choosers, options, context=context, pace=pace), passes, observer, shapes)
+    batch = Batch(worker, drafters, choosers, options, context=context, pace=pace)
+    decode(batch, passes, observer, cycles_of(assistant, batch))
     observer.end()
     stats.attention_backend = str(worker.attention)  # what was measured on the way included
     choosers.cut()

@@ -216,8 +216,7 @@ def _children(drafts: Draft, draft: Tensor, place: Tensor, level: int, width: in
 
 def _all_levels(levels: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> Candidates:
     tokens, parents, scores, ranks = (torch.cat(part, dim=1) for part in zip(*levels))  # (B, all)
-    sizes = torch.tensor([level[0].shape[1] for level in levels])
-    depths = torch.arange(1, len(levels) + 1).repeat_interleave(sizes).to(tokens.device)
+    depths = torch.cat([level[0].new_full(level[0].shape[1:], at + 1) for at, level in enumerate(levels)])
     return Candidates(tokens, parents, depths, scores, ranks, scores > -torch.inf, len(levels))
 
 

@@ -1,7 +1,6 @@
 """Cycles of fixed shapes: buffers of one size, trees with fillers, and passes that are compiled once for all."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from .acceptance import greedy_paths
 from .cache import Place, TreeCache, TreeLayer, empty_buffer, move, targets_of
 from .candidates import Draft
-from .decoding import Batch
+from .choosing import Choosers
+from .decoding import Batch, Observer, run
 from .drafting import ContextPlace, DraftContext, Drafter, slots_of
 from .growing import State
 from .modeling import D2SDAssistant
@@ -179,9 +179,9 @@ class FixedShapes:
             ValueError: without a limit of the length.
         """
         target, drafters, options = batch.target, batch.drafters, batch.options
-        if batch.choosers.rooms is None:
-            raise ValueError("Compiled decoding needs a limit: pass max_new_tokens or max_length.")
+        check_limit(batch.choosers)
         width = options.depth + 1
+        assert batch.choosers.rooms is not None
         capacity = buffer_size(max(target.cache.lengths) + max(batch.choosers.rooms) + width)
         workers = [FixedDrafter(drafter, capacity, width, self.compiler) for drafter in drafters]
         fixed = FixedBatch(target, list(workers), batch.choosers, options, self.compiler)
@@ -194,6 +194,17 @@ class FixedShapes:
             target.cache, target.run = target.cache.released(), target.model
             for drafter, its in zip(drafters, workers):
                 drafter.context = its.released()
+
+    def run(self, batch: Batch, anchors: list[int], observer: Observer) -> None:
+        """As `decoding.run`."""
+        with self(batch) as fixed:
+            run(fixed, anchors, observer)
+
+
+def check_limit(choosers: Choosers) -> None:
+    """Refuse a call without a limit of the length."""
+    if choosers.rooms is None:
+        raise ValueError("Compiled decoding needs a limit: pass max_new_tokens or max_length.")
 
 
 def own_outputs(run: Callable) -> Callable:
@@ -244,12 +255,3 @@ def compile_once(assistant: D2SDAssistant, options: dict, function: Callable) ->
             known.pop(next(iter(known)))
         known[key] = torch.compile(getattr(function, "forward", function), **options)
     return known[key]
-
-
-def shapes_of(assistant: D2SDAssistant, compiles: bool | None) -> Callable:
-    """The context that a call decodes in: fixed shapes if `d2sd_compile` or `assistant.compile()` asks for them."""
-    if compiles is False or (compiles is None and assistant.compile_options is None):
-        return contextlib.nullcontext
-    return FixedShapes(
-        functools.partial(compile_once, assistant, {"dynamic": False, **(assistant.compile_options or {})})
-    )

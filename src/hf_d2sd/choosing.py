@@ -99,6 +99,10 @@ class Chooser:
     def is_finished(self) -> bool:
         return self.finished
 
+    def follow(self) -> None:
+        """Choose no more: from now on `know` is told the choices themselves, processed and drawn."""
+        self._vectorised = True
+
     def choose(self, node: int) -> int:
         """The target's token at a node, appended to the sequence; `finished` says whether generation ends with it."""
         if self._vectorised:
@@ -189,6 +193,11 @@ class Choosers:
         return self.rows[0].vectorised
 
     @property
+    def ends(self) -> list[int]:
+        """The tokens that end a row by themselves."""
+        return sorted(self.rows[0]._eos) if self.rows[0].ends_alone else []
+
+    @property
     def may_go_beyond(self) -> bool:
         """Whether rows may have chosen tokens behind the one that turns out to be the last; see `cut`."""
         return not self.rows[0].ends_alone and bool(self.rows[0]._criteria)
@@ -199,6 +208,11 @@ class Choosers:
             chooser.look(row)
         # `max` finds the same token as `argmax`, the first of equals, and on a CPU in a fraction of its time.
         return logits.max(-1).indices if self.vectorised else logits.new_zeros(logits.shape[:2], dtype=torch.long)
+
+    def follow(self) -> None:
+        """See `Chooser.follow`."""
+        for chooser in self.rows:
+            chooser.follow()
 
     def staying(self) -> list[int]:
         """Which of the rows that still choose have not ended."""

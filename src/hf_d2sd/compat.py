@@ -332,6 +332,11 @@ def is_quantized(model) -> bool:
     )
 
 
+def has_adapters(model) -> bool:
+    """Whether some module stands around another whose outputs it changes, LoRA's say: which do, may change."""
+    return any(hasattr(module, "base_layer") for module in model.modules())
+
+
 # Continuous batching -------------------------------------------------------------------------------------------------
 
 
@@ -610,6 +615,22 @@ _OF_ROWS = (
     RepetitionPenaltyLogitsProcessor,
 )
 _WITH_STATE = (SynthIDTextWatermarkLogitsProcessor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+
+
+_OF_LOGITS = {
+    logits_process.EpsilonLogitsWarper,
+    logits_process.LogitNormalization,
+    logits_process.MinPLogitsWarper,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+}
+
+
+def reads_logits_alone(processor) -> bool:
+    """Whether a processor's scores follow from the logits alone, computed without asking the host."""
+    return type(processor) in _OF_LOGITS
 
 
 def keeps_state_of_batch(processor) -> bool:

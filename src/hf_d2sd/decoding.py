@@ -1,8 +1,7 @@
 """The decoding loop: prefill, then cycles of draft, select, redraft, tree, verify, accept and commit."""
 
-import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -25,25 +24,35 @@ def decode(
     batch: "Batch",
     prompt_passes: Iterable[TargetPass],
     observer: "Observer",
-    shapes: Callable = contextlib.nullcontext,
+    cycles: "Callable[[Batch, list[int], Observer], None] | None" = None,
 ) -> None:
     """Decode until each row has ended. Afterwards its cache holds all tokens chosen for it but the last.
 
     Args:
         prompt_passes: what `target.prefill` yields.
-        shapes: given the batch, a context with a batch to decode in: as it is, or one of fixed shapes.
+        cycles: what decodes the batch from its rows' first tokens on: `run`, one cycle after the other, by default.
     """
     step, anchors = batch.begin(prompt_passes)  # prefill
     observer.begin(batch, step, anchors)
     anchors = batch.leave(anchors)
-    with shapes(batch) if anchors else contextlib.nullcontext(batch) as batch:
-        while anchors:
-            tree = grow(batch.state(anchors))  # 1 draft, 2 select, 3 redraft, 4 tree: see `growing.paper`
-            step = batch.target.verify(tree)  # 5 verify
-            accepted = batch.accept(tree, step)  # 6 accept
-            batch.commit(step, accepted)  # 7 commit
-            observer.see(batch, tree, step, accepted)
-            anchors = batch.leave(accepted.anchors(anchors))
+    if anchors:
+        (cycles or run)(batch, anchors, observer)
+
+
+def run(batch: "Batch", anchors: list[int], observer: "Observer") -> None:
+    """Cycle after cycle, until each row has ended."""
+    while anchors:
+        anchors = cycle(batch, anchors, observer)
+
+
+def cycle(batch: "Batch", anchors: list[int], observer: "Observer") -> list[int]:
+    """One cycle; returns the anchors of the rows that go on."""
+    tree = grow(batch.state(anchors))  # 1 draft, 2 select, 3 redraft, 4 tree: see `growing.paper`
+    step = batch.target.verify(tree)  # 5 verify
+    accepted = batch.accept(tree, step)  # 6 accept
+    batch.commit(step, accepted)  # 7 commit
+    observer.see(batch, tree, step, accepted)
+    return batch.leave(accepted.anchors(anchors))
 
 
 class Observer(Protocol):
@@ -53,6 +62,8 @@ class Observer(Protocol):
 
     def see(self, batch: "Batch", tree: CandidateTree, step: TargetPass, accepted: "Accepted") -> None: ...
 
+    def count(self, accepted: "Accepted") -> None: ...  # of a cycle that `see` is not shown
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -61,7 +72,7 @@ class Accepted:
     trees: list[HostTree]  # by row
     paths: list[list[int]]  # by row (A,), accepted nodes, the anchor first; empty for a row that had ended before
     emitted: list[list[int]]  # by row (A,), the tokens that these led to, the bonus last
-    nodes: Tensor  # (B, most A), the paths, filled up
+    nodes: Tensor | None = None  # (B, most A), the paths, filled up
 
     def anchors(self, before: list[int]) -> list[int]:
         """By row, the last committed token."""
@@ -117,10 +128,14 @@ class Batch:
             self.pace.mark(PASS, len(tree))
         choices = self.choosers.look(step.logits).to(self.target.device)
         known = self.paths_ahead(tree, step, choices)
-        trees = HostTree.transfer(tree, choices)  # the cycle's one transfer
+        accepted = self.walk(HostTree.transfer(tree, choices))  # the cycle's one transfer
+        return replace(accepted, nodes=self._padded(accepted.paths) if known is None else known)
+
+    def walk(self, trees: list[HostTree]) -> Accepted:
+        """Let the rows choose along their trees, whose nodes are not needed on the device."""
         walks = [self._walk(chooser, row) for chooser, row in zip(self.choosers.active, trees)]
         paths, emitted = ([walk[i] for walk in walks] for i in (0, 1))
-        return Accepted(trees, paths, emitted, self._padded(paths) if known is None else known)
+        return Accepted(trees, paths, emitted)
 
     def _walk(self, chooser: Chooser, tree: HostTree) -> tuple[list[int], list[int]]:
         if chooser.is_finished():
@@ -142,6 +157,7 @@ class Batch:
 
     def commit(self, step: TargetPass, accepted: Accepted) -> None:
         """Keep the accepted nodes in the target's cache, show drafters their features, and let the text go on."""
+        assert accepted.nodes is not None
         counts = [len(path) for path in accepted.paths]
         self.target.commit(step, accepted.nodes, counts)
         for drafter in self.drafters:

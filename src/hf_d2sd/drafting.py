@@ -45,6 +45,7 @@ class Drafter:
             )
         self._generator = torch.Generator(execution_device(target.get_output_embeddings())).manual_seed(0)  # not yours
         self._attention = TreeAttention.for_model(model, backend, two_sided=True)
+        self._by_slot: Tensor | None = None  # (γ-1, 1), the confidence temperatures once they were needed
         self._nodes: dict[tuple[int, int, int], Nodes] = {}  # (B, K, γ) → what such blocks see of each other
 
     def extend(
@@ -93,6 +94,12 @@ class Drafter:
         confidence = probabilities.gather(-1, drawn).transpose(1, 2)
         tokens = self._target_tokens(drawn, draft.tokens.device).transpose(1, 2)
         return Draft.of(tokens, confidence.to(tokens.device)).after(prefixes)
+
+    def gathered(self) -> list[Tensor]:
+        """The tensors beside the network's own and the target's that it reads."""
+        known = (getattr(self.model, name, None) for name in ("_pruned_head", "_read_head"))
+        read = [head.pruned for head in known if head is not None]
+        return [tensor for head in read for tensor in (head.weight, head.bias) if tensor is not None]
 
     def _masked_blocks(self, anchor: Tensor, count: int, block_size: int) -> Tensor:
         blocks = anchor.new_full((len(anchor), count, block_size), self.model.config.mask_token_id)
@@ -173,8 +180,9 @@ class Drafter:
 
     def _temperatures(self, logits: Tensor) -> Tensor | None:
         """(γ-1, 1): by slot, what logits (B, K, γ-1, V') are divided by, if by anything."""
-        temperatures = self.model.config.confidence_temperatures
-        return None if temperatures is None else logits.new_tensor(temperatures[: logits.shape[2]])[:, None]
+        if self._by_slot is None and self.model.config.confidence_temperatures is not None:
+            self._by_slot = logits.new_tensor(self.model.config.confidence_temperatures)[:, None]
+        return None if self._by_slot is None else self._by_slot[: logits.shape[2]]
 
     def _scores(self, hidden: Tensor, indices: Tensor, tokens: Tensor, anchor: Tensor) -> Tensor:
         """(B, K, γ-1, W, W): the path head's, of each candidate after each one of the slot before.
@@ -205,12 +213,11 @@ class Drafter:
             self._nodes[shape] = Nodes.of_blocks(*shape, self.device)
         return self._nodes[shape]
 
-    def _positions(self, counts: list[int], width: int, depths: Tensor) -> Tensor:
+    def _positions(self, counts: list[int] | Tensor, width: int, depths: Tensor) -> Tensor:
         """(B, C + K·γ): of the new context, whose filling may stand anywhere, and of the blocks."""
-        starts = self.context.positions
-        first = per_row([start - count for start, count in zip(starts, counts)], self.device)
-        new = first[:, None] + torch.arange(width, device=self.device)
-        return torch.cat([new, per_row(starts, self.device)[:, None] + depths], dim=1)
+        starts = per_row(self.context.positions, self.device)[:, None]
+        new = starts - per_row(counts, self.device)[:, None] + torch.arange(width, device=self.device)
+        return torch.cat([new, starts + depths], dim=1)
 
 
 def _best(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -247,7 +254,7 @@ class ContextPlace:
     """Where one pass's tokens stand in a drafter's cache: the new context behind each row's, then the blocks."""
 
     features: Tensor  # (B, C, F), the new context
-    counts: list[int]  # by row, how many of these are its own
+    counts: list[int] | Tensor  # by row, how many of these are its own
     blocks: Place  # of the blocks: they see what each row's cache holds with its new context
 
 

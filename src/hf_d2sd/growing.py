@@ -27,7 +27,8 @@ class State:
     anchors: Tensor  # (B,)
     drafters: list[Drafter]  # first and second; the first alone for no branches
     options: "DecodingOptions"
-    rooms: list[int] | None = None  # by row, how many tokens may still be emitted; `None`: no limit
+    # By row, how many tokens may still be emitted; `None`: no limit. (B,) where cycles do not ask the host.
+    rooms: list[int] | Tensor | None = None
     fixed_shapes: bool = False  # whether all cycles must have tensors of the same shapes
     context: ContextSource | None = None  # the rows' texts so far, as a source of candidates
     pace: Pace | None = None  # what decides where the options leave it open
@@ -35,7 +36,7 @@ class State:
     @property
     def has_room(self) -> bool:
         """Whether some row may emit more than the target's own next token."""
-        return self.rooms is None or max(self.rooms) > 1 or self.fixed_shapes
+        return self.fixed_shapes or self.rooms is None or max(self.rooms) > 1
 
     def draft(self, width: int = 1) -> Draft:
         """The first drafter's blocks after the anchors."""
@@ -70,7 +71,7 @@ class State:
     @property
     def max_depth(self) -> Tensor | None:
         """(B,), how deep a tree may be; `None`: any depth."""
-        return None if self.rooms is None else per_row([room - 1 for room in self.rooms], self.anchors.device)
+        return None if self.rooms is None else per_row(self.rooms, self.anchors.device) - 1
 
     def reach(self, candidates: Candidates | None) -> list[float]:
         """What `paying.trees` weighs: how likely the best, second best, ... node is reached, summed over the rows."""

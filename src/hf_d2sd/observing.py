@@ -32,10 +32,15 @@ class Observer:
             path, host_tree = accepted.paths[at], accepted.trees[at]
             for node in path:
                 chooser.record.add_hidden_states(step.hidden_states, at, node)
-            self.stats.add_cycle(path, host_tree)
             if self.stats.trace is not None and path:
                 scores = tree.scores[at].tolist()
                 self.stats.add_trace(batch.target.rows[at], host_tree, scores, path, accepted.emitted[at])
+        self.count(accepted)
+
+    def count(self, accepted: Accepted) -> None:
+        """What can be seen of a cycle when its tensors are no more."""
+        for path, host_tree in zip(accepted.paths, accepted.trees):
+            self.stats.add_cycle(path, host_tree)
         self._stream(accepted.emitted[0])
 
     def end(self) -> None:

@@ -119,7 +119,8 @@ class DecodingOptions:
         in_words=("a name of [the table](how-it-works.md#attention)", "the fastest that can run"),
     )
     compile: bool = option(
-        "cycles of fixed shapes under `torch.compile`; needs `max_new_tokens` or `max_length`",
+        "cycles of fixed shapes, [recorded once and replayed](how-it-works.md#compilation); needs `max_new_tokens` or "
+        "`max_length`",
         default=False,
         in_words=(None, "whether `assistant.compile()` was called"),
         key="compile",

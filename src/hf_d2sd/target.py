@@ -29,7 +29,8 @@ class TargetPass:
 
     def features(self, layer_ids: list[int], nodes: Tensor | None = None) -> Tensor:
         """(B, T or A, len(layer_ids) * H): what a drafter reads, for all tokens or for the given nodes (B, A)."""
-        layers = [layer for i in layer_ids if (layer := self.hidden_states[i + 1]) is not None]
+        given = (self.hidden_states[i + 1] for i in layer_ids)
+        layers = [layer for layer in given if layer is not None]
         if nodes is not None:
             layers = [take_nodes(layer, nodes.to(layer.device)) for layer in layers]
         return torch.cat([layer.to(layers[0].device) for layer in layers], dim=-1)
@@ -211,7 +212,12 @@ class Target:
         A tree is text, and along text each axis goes on by one a token, from where the prompt's last token left it.
         """
         positions = per_row(self.positions, self.device)[:, None] + depths
-        return positions if self._axes_ahead is None else positions + self._axes_ahead[:, self.rows, None]
+        return positions if self.axes_ahead is None else positions + self.axes_ahead[..., None]
+
+    @property
+    def axes_ahead(self) -> Tensor | None:
+        """(A, B), of the rows that are still in the batch."""
+        return None if self._axes_ahead is None else self._axes_ahead[:, self.rows]
 
     def _verify_chains(self, chains: Chains) -> TargetPass:
         """As `verify`, with the tree's chains in its place; the cache grows by all their tokens."""

@@ -230,5 +230,9 @@ class HostTree:
     @classmethod
     def transfer(cls, tree: CandidateTree, choices: Tensor) -> list["HostTree"]:
         """Each row's, of a tree and the target's choices (B, N)."""
-        columns = tree.tokens, tree.parents, tree.depths, tree.ranks, tree.sources, choices
-        return [cls(*row) for row in torch.stack(columns, dim=1).tolist()]
+        return [cls(*row) for row in cls.columns(tree, choices).tolist()]
+
+    @staticmethod
+    def columns(tree: CandidateTree, choices: Tensor) -> Tensor:
+        """(B, 6, N), the fields of all rows."""
+        return torch.stack((tree.tokens, tree.parents, tree.depths, tree.ranks, tree.sources, choices), dim=1)

@@ -35,6 +35,7 @@ class CallWords:
             absent = torch.ones(min(head.weight.shape[0], config.vocab_size), dtype=torch.uint8)
             absent[model.draft_token_ids.cpu()] = 0
             self._absent = bytearray(absent.numpy())
+        self.count = 0
         self.ids = torch.empty(0, dtype=torch.long)  # (E,)
         self.rows: Tensor | None = None  # (E, H), once there is one
         self._read: Callable | None = None
@@ -45,14 +46,17 @@ class CallWords:
     def add(self, tokens: Iterable[int]) -> None:
         """Let what is new among these be drafted, as long as there is room."""
         absent = self._absent
-        if absent is None or len(self) >= MOST_WORDS:
+        if absent is None or self.count >= MOST_WORDS:
             return
         new = [token for token in dict.fromkeys(tokens) if token < len(absent) and absent[token]]
-        new = new[: MOST_WORDS - len(self)]
-        if not new:
-            return
+        new = new[: MOST_WORDS - self.count]
         for token in new:
             absent[token] = 0
+        if new:
+            self._put(new)
+            self.count += len(new)
+
+    def _put(self, new: list[int]) -> None:
         weight, bias = self._head.weight.detach(), self._head.bias
         self.ids = torch.cat([self.ids.to(weight.device), torch.tensor(new, device=weight.device)])
         self.rows = weight[self.ids]
