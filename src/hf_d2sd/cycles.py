@@ -229,6 +229,7 @@ class CycleTarget(Target):
     cache: CycleCache
     positions: Any  # (B,), once a cycle has begun
     axes_ahead: Tensor | None = None  # (A, B), once a cycle has begun
+    decodes_plainly = False  # a tree of one node is one of a fixed shape too
 
     def __init__(self, target: Target, cache: CycleCache, nodes: int):
         self.__dict__.update(vars(target))

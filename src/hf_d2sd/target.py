@@ -183,7 +183,7 @@ class Target:
         """One pass over the N nodes, each seeing the cache and its own ancestors; the cache grows by all nodes."""
         if self.cache.state_layers:
             return self._verify_chains(Chains.of_tree(tree))
-        if len(tree) == 1 and self._decodes_plainly:
+        if len(tree) == 1 and self.decodes_plainly:
             return self._verify_anchor(tree)
         nodes, places = Nodes.of_tree(tree), self.cache.places()
         prepared = self.attention.prepare(nodes, self.cache, places, self.model.dtype)
@@ -194,7 +194,7 @@ class Target:
         return TargetPass(logits, hidden_states, None, nodes, places)
 
     @property
-    def _decodes_plainly(self) -> bool:
+    def decodes_plainly(self) -> bool:
         """Whether a pass over the anchors alone is one of plain decoding: no tree, and the model's own attention."""
         lengths, own = self.cache.lengths, self.attention
         return self.run is self.model and min(lengths) == max(lengths) and not (own.by_position or own.tells_positions)
