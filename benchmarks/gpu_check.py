@@ -144,11 +144,12 @@ def prompts(count: int) -> list[torch.Tensor]:
 def equality(dtype: torch.dtype, backend: str | None = None) -> dict:
     """Greedy decoding with and without the pair, and how nearly tied two tokens were where a text first differs."""
     target, pair = tiny_models(dtype)
+    trees = dict(assistant_model=pair, d2sd_attention_backend=backend, d2sd_auto=False)
     equal, gaps = [], [0.0]
     for ids in prompts(6):
         options = dict(do_sample=False, max_new_tokens=64)
         plain = target.generate(ids, **options)
-        ours = target.generate(ids, assistant_model=pair, d2sd_attention_backend=backend, **options)
+        ours = target.generate(ids, **trees, **options)
         equal.append(bool(torch.equal(plain, ours)))
         if not equal[-1]:
             at = int((plain != ours).nonzero()[0, 1])
@@ -158,7 +159,7 @@ def equality(dtype: torch.dtype, backend: str | None = None) -> dict:
     batch = torch.cat([ids[:, :20] for ids in prompts(6)])
     options = dict(do_sample=False, max_new_tokens=48)
     plain = target.generate(batch, **options)
-    ours = target.generate(batch, assistant_model=pair, d2sd_attention_backend=backend, **options)
+    ours = target.generate(batch, **trees, **options)
     equal += (plain == ours).all(1).tolist()
     return {
         "backend": pair.attention_backend,
@@ -171,7 +172,7 @@ def equality(dtype: torch.dtype, backend: str | None = None) -> dict:
 def compiled_equality(options: dict) -> dict:
     """Whether compiled cycles give the texts of eager ones, in bfloat16, and what was compiled after the first."""
     target, pair = tiny_models(torch.bfloat16)
-    settings = dict(do_sample=False, max_new_tokens=64, assistant_model=pair)
+    settings = dict(do_sample=False, max_new_tokens=64, assistant_model=pair, d2sd_auto=False)
     eager = [target.generate(ids, **settings) for ids in prompts(4)]
     pair.compile(**options)
     for _ in range(2):

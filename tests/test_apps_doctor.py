@@ -250,7 +250,7 @@ def acceptance(pair: Pair):
     """α on the doctor's own prompts, judged by the shipped card."""
     options = module.DoctorOptions(target="target", drafters=[str(PAIR)], max_new_tokens=24)
     prompts = [[{"role": "user", "content": text}] for text in module.PROMPTS[: options.max_prompts]]
-    replies = [answer(pair, options.answering(), chat_tokens(pair.tokenizer, prompt)) for prompt in prompts]
+    replies = [answer(pair, options.judging(), chat_tokens(pair.tokenizer, prompt)) for prompt in prompts]
     return check_acceptance([reply.stats for reply in replies], [str(PAIR)])
 
 

@@ -377,7 +377,8 @@ class TestARun:
         for row in rows:
             prompt = row.tokens[None, : row.prompt_length]
             pair = D2SDAssistant.from_drafters(drafter)
-            out = model.generate(prompt, assistant_model=pair, do_sample=False, max_new_tokens=12)
+            trees = dict(assistant_model=pair, d2sd_auto=False)  # the pair's own, whatever pays on this machine
+            out = model.generate(prompt, **trees, do_sample=False, max_new_tokens=12)
             tokens, cycles = tokens + out.shape[1] - prompt.shape[1] - 1, cycles + pair.last_stats.cycles
         assert seen == tokens / cycles  # the first token is the prefill's
 
