@@ -37,7 +37,7 @@ else:
 
 def dtype_field(default: str):
     words = f"auto: the target's checkpoint's; {FASTEST}: bfloat16 where the device has units for it, else float32"
-    return field(default=default, metadata={"help": words, "choices": list(DTYPES)})
+    return field(default=default, kw_only=True, metadata={"help": words, "choices": list(DTYPES)})
 
 
 @dataclass(kw_only=True)
@@ -84,6 +84,11 @@ class PairPlan:
         """The greatest number of tokens that the target has positions for."""
         return getattr(self.target_config.get_text_config(decoder=True), "max_position_embeddings", None)
 
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """What `from_pretrained` takes."""
+        return dtype_of(self.options.dtype, self.options.device, self.target_config)
+
     @functools.cached_property
     def empty_target(self) -> PreTrainedModel:
         """The target without weights."""
@@ -100,9 +105,8 @@ class PairPlan:
     def load(self) -> "Pair":
         """Read the weights."""
         options = self.options
-        device = options.device or default_device()
-        dtype = dtype_of(options.dtype, device, self.target_config)
-        target = AutoModelForCausalLM.from_pretrained(options.target, dtype=dtype, device_map=device).eval()
+        where = options.device or default_device()
+        target = AutoModelForCausalLM.from_pretrained(options.target, dtype=self.dtype, device_map=where).eval()
         return Pair(target, self.tokenizer, load_assistant(options.drafters, target.dtype).to(target.device))
 
 
@@ -115,18 +119,13 @@ class Pair:
     assistant: D2SDAssistant
 
 
-def dtype_of(name: str, device: str, config: PreTrainedConfig | None = None) -> torch.dtype | str:
-    """What `from_pretrained` takes for one of `DTYPES`; a quantized checkpoint knows its own fastest.
-
-    Args:
-        device: where the target goes; auto: it is spread.
-        config: the target's.
-    """
+def dtype_of(name: str, device: str | None, config: PreTrainedConfig) -> torch.dtype | str:
+    """What `from_pretrained` takes for one of `DTYPES`, for a target on a device; a quantized one stays as it is."""
     if name == "auto" or (name == FASTEST and getattr(config, "quantization_config", None) is not None):
         return "auto"
     if name != FASTEST:
         return getattr(torch, name)
-    return fastest_dtype(torch.device(default_device() if device == "auto" else device))
+    return fastest_dtype(torch.device(default_device() if device in (None, "auto") else device))
 
 
 def default_device() -> str:
