@@ -2,9 +2,9 @@
 
     python examples/demo.py --prompt "Write a haiku about the sea."
 
-Prints the answer with every token marked by who wrote it, whether both answers are the same text, both speeds, and what
-cycles chose to do. Nothing is set, but for --branches and --budget: each cycle does what pays on this machine. The exit
-status is 1 if the answers differ in float32.
+Prints the answer with every token marked by who wrote it, whether both answers are the same text, both speeds, and
+what was chosen: without --branches and --budget each cycle does what pays on this machine. The exit status is 1 if the
+answers differ in float32.
 """
 
 import argparse

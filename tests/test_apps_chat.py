@@ -194,7 +194,7 @@ def test_as_json_each_message_gets_one_line(folders, monkeypatch, capsys):
     assert "say something first" in nothing["error"]
 
 
-def test_below_an_answer_stands_what_was_chosen(folders, monkeypatch, capsys):
+def test_below_an_answer_stands_what_was_chosen(folders, library_default, monkeypatch, capsys):
     for named, shown in (({}, 1), (dict(num_branches=1), 0)):
         monkeypatch.setattr(sys, "stdin", io.StringIO(TURNS[0]))
         chat(options(folders, format="text", **named))

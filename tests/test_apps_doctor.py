@@ -425,7 +425,7 @@ class TestWhatPays:
         assert options("target", "drafter", auto=True).judging().auto is True
         assert options("target", "drafter").answering().auto is None
 
-    def test_what_was_chosen_is_shown_with_the_costs_where_nothing_says_how_trees_are(self, folders):
+    def test_what_was_chosen_is_shown_with_the_costs_where_nothing_says_how_trees_are(self, folders, library_default):
         def found(**named):
             chosen = options(*folders, dtype="float32", max_new_tokens=24, **named)
             return list(module.check_costs(loading.read_plan(chosen).load(), chosen, [prompt(8)]))

@@ -53,7 +53,7 @@ def options(folders, **changes) -> GenerateOptions:
 def test_the_report_is_the_plain_reply_with_the_source_of_each_piece(folders, plain, monkeypatch):
     sequence, text = plain
     OracleDrafts(monkeypatch, sequence, accuracy=0.8)
-    report = generate(options(folders, compare=True, auto=False))
+    report = generate(options(folders, compare=True))
     assert report["text"] == "".join(text for text, _ in report["pieces"]) == report["plain"]["text"] == text
     assert report["plain"]["same_text"] is True
     counts = report["tokens_by_source"]
@@ -186,7 +186,7 @@ def test_the_command_prints_json_where_there_is_no_terminal(folders, plain, caps
 
 def test_as_text_without_colours_sources_stand_in_brackets(folders, plain, monkeypatch, capsys):
     OracleDrafts(monkeypatch, plain[0], accuracy=0.8)
-    main(command(folders, "--max_new_tokens", str(NEW), "--format", "text", "--compare", "--auto", "False"))
+    main(command(folders, "--max_new_tokens", str(NEW), "--format", "text", "--compare"))
     shown = capsys.readouterr().out
     reply, rest = shown.split("plain decoding")
     assert "[" in reply and "{" in reply and "\x1b" not in shown
@@ -317,12 +317,11 @@ class TestTheFastestDtype:
     def test_is_the_default_of_a_reply_and_any_other_can_be_named(self, folders, monkeypatch):
         target, first, second = map(str, folders)
         unnamed = GenerateOptions(target=target, drafters=[first, second], prompt="a b c")
-        for dtype in (torch.bfloat16, torch.float32):
-            monkeypatch.setattr(loading, "fastest_dtype", lambda device: dtype)
-            pair = loading.plan_pair(unnamed).load()
-            assert pair.target.dtype == pair.assistant.first.dtype == dtype
-            assert loading.plan_pair(options(folders, dtype="float16")).dtype == torch.float16
-            assert loading.plan_pair(options(folders, dtype="auto")).dtype == "auto"
+        monkeypatch.setattr(loading, "fastest_dtype", lambda device: torch.bfloat16)
+        pair = loading.plan_pair(unnamed).load()  # of a checkpoint in float32
+        assert pair.target.dtype == pair.assistant.first.dtype == torch.bfloat16
+        assert loading.plan_pair(options(folders, dtype="float16")).dtype == torch.float16
+        assert loading.plan_pair(options(folders, dtype="auto")).dtype == "auto"
 
     def test_a_quantized_target_stays_as_it_is(self, folders):
         config = tf.AutoConfig.from_pretrained(folders[0])
@@ -331,7 +330,7 @@ class TestTheFastestDtype:
         assert loading.dtype_of("fastest", "cpu", config) == "auto"
 
 
-def test_what_was_chosen_is_one_line_unless_options_say_how_trees_are(folders, capsys):
+def test_what_was_chosen_is_one_line_unless_options_say_how_trees_are(folders, library_default, capsys):
     report = generate(options(folders))
     assert re.match(r"\d+ cycles: .*tokens a pass; cost .* plain steps, .* expected; why: \w", report["decisions"])
     assert "\n" not in report["decisions"]

@@ -216,8 +216,8 @@ def test_decisions_are_said_in_one_line():
         measured=38.0,
     )
     assert str(decisions) == (
-        "41 cycles: 30 both drafters, 8 the text so far, 3 plain; 12.6 nodes on average; 2.61 tokens a pass; cost 38.0 "
-        "plain steps, 40.0 expected; why: both drafts pay (29), the text so far pays (8)"
+        "41 cycles: 30 both drafters, 8 the text so far, 3 plain; 12.6 nodes on average; 2.61 tokens a pass; "
+        "cost 38.0 plain steps, 40.0 expected; why: both drafts pay (29), the text so far pays (8)"
     )
     assert str(Decisions()) == "no cycles"
 

@@ -85,7 +85,7 @@ class TestViews:
         for strategy in (views.PLAIN, views.DEFAULT):
             assert views.sliders_in_use(strategy) == (False, False, False)
 
-    def test_the_first_strategy_is_the_librarys_default_and_says_what_it_chose(self, views):
+    def test_the_first_strategy_is_the_librarys_default_and_says_what_it_chose(self, views, library_default):
         """Whatever the sliders stand at."""
         target, pair = tiny_target(), tiny_assistant()
         options = views.options(views.STRATEGIES[0], 4, 16, 8)

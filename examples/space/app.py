@@ -32,7 +32,8 @@ INTRODUCTION = """
 # D²SD speculative decoding
 Two small drafters propose text, the model checks a whole tree of it in one pass, and keeps what it would have written
 itself: the same text in fewer passes. How many tokens a pass yields depends on drafters and text; what that is worth
-in seconds, on the machine, and this one may well be a small CPU. Unless a strategy is chosen, each cycle does what pays.
+in seconds, on the machine, and this one may well be a small CPU. Unless you choose a strategy, each cycle does what
+pays here.
 """
 
 
