@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
@@ -57,7 +57,9 @@ class DoctorOptions(PairOptions):
 
     def judging(self) -> AnswerOptions:
         """The same with the pair's own trees in every cycle: what pays here says nothing of the drafters."""
-        return replace(self.answering(), auto=bool(self.auto))
+        options = self.answering()
+        options.auto = bool(self.auto)
+        return options
 
 
 def doctor(options: DoctorOptions) -> None:
