@@ -259,12 +259,13 @@ def prompts(count: int) -> list[torch.Tensor]:
 def equality(dtype: torch.dtype, backend: str | None = None, count: int = 6, tokens: int = 64) -> dict:
     """Greedy decoding with and without the pair, and how nearly tied two tokens were where a text first differs."""
     target, pair = tiny_models(dtype)
+    trees = dict(assistant_model=pair, d2sd_attention_backend=backend, d2sd_auto=False)
     equal, gaps = [], [0.0]
     batch = torch.cat([ids[:, :20] for ids in prompts(count)])
     for ids in (*prompts(count), batch):
         options = dict(do_sample=False, max_new_tokens=tokens)
         plain = target.generate(ids, **options)
-        ours = target.generate(ids, assistant_model=pair, d2sd_attention_backend=backend, **options)
+        ours = target.generate(ids, **trees, **options)
         equal += (plain == ours).all(1).tolist()
         gaps += [_gap(target, *rows) for rows in zip(plain, ours)]
     share, gap = sum(equal) / len(equal), round(max(gaps), 4)
@@ -285,7 +286,7 @@ def _gap(target, plain: torch.Tensor, ours: torch.Tensor) -> float:
 def captured_equality(rows: int, tokens: int = 64) -> dict:
     """Whether compiled cycles give the texts of eager ones in float32, and how long the first call takes."""
     target, pair = tiny_models(torch.float32)
-    settings = dict(do_sample=False, max_new_tokens=tokens, assistant_model=pair)
+    settings = dict(do_sample=False, max_new_tokens=tokens, assistant_model=pair, d2sd_auto=False)
     batches = [torch.cat([ids[:, :20]] * rows) if rows > 1 else ids for ids in prompts(4)]
     eager = [target.generate(ids, **settings) for ids in batches]
     pair.compile(**COMPILE)

@@ -2,8 +2,9 @@
 
     python examples/demo.py --prompt "Write a haiku about the sea."
 
-Prints the answer with every token marked by who wrote it, whether both answers are the same text, and both speeds.
-The exit status is 1 if the answers differ in float32.
+Prints the answer with every token marked by who wrote it, whether both answers are the same text, both speeds, and
+what was chosen: without --branches and --budget each cycle does what pays on this machine. The exit status is 1 if the
+answers differ in float32.
 """
 
 import argparse
@@ -21,26 +22,23 @@ from rich.text import Text
 from smollm2 import load_smollm2
 
 import hf_d2sd
+from hf_d2sd.apps.display import BRACKETS, LABELS, STYLES
+from hf_d2sd.apps.loading import fastest_dtype
 from hf_d2sd.benchmark.machine import processor_name
 
 PAIR = Path(__file__).resolve().parents[1] / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
 PROMPT = "Explain step by step how to make a good cup of tea, and say why each step matters."
 RUNS = 3
 
-# How each source is shown: by colour, or by brackets where there is none.
-STYLES = {"first": "green", "second": "magenta", "context": "cyan", "target": "default"}
-BRACKETS = {"first": ("[", "]"), "second": ("{", "}"), "context": ("<", ">"), "target": ("", "")}
-LABELS = {"first": "first drafter", "second": "second drafter", "context": "the text so far", "target": "target"}
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--pair", default=str(PAIR), help="folder or Hub id of the drafters")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the one that is fastest here")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--branches", type=int, help="d2sd_num_branches; default: the pair's own")
-    parser.add_argument("--budget", type=int, help="d2sd_tree_budget; default: the pair's own")
+    parser.add_argument("--branches", type=int, help="d2sd_num_branches; default: in each cycle what pays")
+    parser.add_argument("--budget", type=int, help="d2sd_tree_budget; default: in each cycle what pays")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     return parser.parse_args()
 
@@ -123,6 +121,8 @@ def speed_line(plain: float, drafted: float, stats) -> str:
     ratio = drafted / plain
     if ratio >= 1:
         return f"{line}{ratio:.2f} times as fast"
+    if stats.decisions is not None:
+        return f"{line}{ratio:.2f} times the speed of plain: drafts hardly pay here, and trying them costs a little"
     return (
         f"{line}slower here, {ratio:.2f} times the speed of plain. The {stats.mean_acceptance_length:.2f} tokens that "
         f"a target pass gave did not pay for drafting and for passes over {stats.mean_tree_size:.0f} tokens; "
@@ -146,8 +146,10 @@ def main() -> int:
     transformers.logging.disable_progress_bar()
     console = Console(highlight=False, soft_wrap=False)
     console.print("Loading SmolLM2-135M-Instruct (the first time takes about a minute) and its drafters ...")
-    target, tokenizer = load_smollm2(getattr(torch, args.dtype))
-    assistant = hf_d2sd.D2SDAssistant.from_pretrained(args.pair, dtype=getattr(torch, args.dtype))
+    chosen = getattr(torch, args.dtype) if args.dtype else fastest_dtype(torch.device("cpu"))
+    dtype = str(chosen).removeprefix("torch.")
+    target, tokenizer = load_smollm2(chosen)
+    assistant = hf_d2sd.D2SDAssistant.from_pretrained(args.pair, dtype=chosen)
 
     plain = {"max_new_tokens": args.max_new_tokens}
     drafted = {
@@ -168,14 +170,15 @@ def main() -> int:
         other = tokenizer.decode(plain_tokens, skip_special_tokens=True)
         console.print(Panel(Text(other), title="plain answer", title_align="left"))
     console.print(legend(stats.tokens_by_source, coloured))
-    console.print(Text(verdict(same, args.dtype)))
+    console.print(Text(verdict(same, dtype)))
     console.print(Text(speed_line(plain_speed, speed, stats)))
-    console.print(
-        f"mean acceptance length {stats.mean_acceptance_length:.2f} tokens for each target pass; plain has 1"
-    )
+    if stats.decisions is not None:
+        console.print(Text(f"{stats.decisions}"))
+    else:
+        console.print(f"{stats.mean_acceptance_length:.2f} tokens for each target pass, where plain generate has 1")
     console.print(f"median of {RUNS} alternating runs after a warm-up, {len(tokens)} tokens, prefill included")
-    console.print(Text(machine_line(args.dtype)))
-    return 0 if same or args.dtype != "float32" else 1
+    console.print(Text(machine_line(dtype)))
+    return 0 if same or dtype != "float32" else 1
 
 
 if __name__ == "__main__":

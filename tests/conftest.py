@@ -34,6 +34,12 @@ def _the_same_tree_in_each_cycle(monkeypatch):
 
 
 @pytest.fixture
+def library_default(monkeypatch):
+    """Each cycle is what pays, as in any program."""
+    monkeypatch.setattr(GenerationConfig, "d2sd_auto", None)
+
+
+@pytest.fixture
 def packed(monkeypatch):
     """A backend "packed" that takes what FlashAttention's packed calls take, and computes it by the rule."""
     kernel = PackedReference()

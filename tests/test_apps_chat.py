@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -191,6 +192,15 @@ def test_as_json_each_message_gets_one_line(folders, monkeypatch, capsys):
     assert stats["text"] == second["text"] != first["text"]
     assert "/clear" in usage["message"] and "empty" in cleared["message"]
     assert "say something first" in nothing["error"]
+
+
+def test_below_an_answer_stands_what_was_chosen(folders, library_default, monkeypatch, capsys):
+    for named, shown in (({}, 1), (dict(num_branches=1), 0)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(TURNS[0]))
+        chat(options(folders, format="text", **named))
+        text = " ".join(capsys.readouterr().out.split())
+        assert text.count("tokens were new to read") == 1
+        assert len(re.findall(r"\d+ cycles: .* plain steps, .* expected; why: ", text)) == shown
 
 
 def test_without_a_chat_template_there_is_no_chat(folders, tmp_path):

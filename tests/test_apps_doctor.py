@@ -1,6 +1,7 @@
 """`hf-d2sd doctor`: a right pair is found right, and each way of being wrong is said in words."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -169,6 +170,11 @@ class TestStructure:
         assert "run in float16; the drafters were saved in float32" in words and "65504" in words
         assert "Near-ties" in words_of(self.structure(*folders, dtype="bfloat16"), "dtype", "fine")
 
+    def test_the_fastest_dtype_is_named(self, folders, monkeypatch):
+        monkeypatch.setattr(loading, "fastest_dtype", lambda device: torch.bfloat16)
+        words = words_of(self.structure(*folders, dtype="fastest"), "dtype", "fine")
+        assert "run in bfloat16; the drafters were saved in float32" in words
+
     def test_options_that_the_pair_cannot_have(self, folders):
         assert "no second drafter" in words_of(self.structure(*folders[:2], num_branches=2), "options")
         assert "made for at most 4" in words_of(self.structure(*folders, block_size=5), "options")
@@ -250,7 +256,7 @@ def acceptance(pair: Pair):
     """α on the doctor's own prompts, judged by the shipped card."""
     options = module.DoctorOptions(target="target", drafters=[str(PAIR)], max_new_tokens=24)
     prompts = [[{"role": "user", "content": text}] for text in module.PROMPTS[: options.max_prompts]]
-    replies = [answer(pair, options.answering(), chat_tokens(pair.tokenizer, prompt)) for prompt in prompts]
+    replies = [answer(pair, options.judging(), chat_tokens(pair.tokenizer, prompt)) for prompt in prompts]
     return check_acceptance([reply.stats for reply in replies], [str(PAIR)])
 
 
@@ -408,6 +414,29 @@ def test_as_text_findings_are_a_table_with_a_verdict(tmp_path, capsys):
         doctor(options(*folders, format="text"))
     shown = capsys.readouterr().out
     assert "WRONG" in shown and "Something is wrong: mask token." in shown and "chat template" in shown
+
+
+class TestWhatPays:
+    """Drafters are judged by their own trees; what pays on this machine is shown beside."""
+
+    def test_replies_that_drafters_are_judged_by_have_the_same_trees_on_any_machine(self):
+        judging = options("target", "drafter").judging()
+        assert judging.d2sd_options() == {"d2sd_auto": False}
+        assert options("target", "drafter", auto=True).judging().auto is True
+        assert options("target", "drafter").answering().auto is None
+
+    def test_what_was_chosen_is_shown_with_the_costs_where_nothing_says_how_trees_are(self, folders, library_default):
+        def found(**named):
+            chosen = options(*folders, dtype="float32", max_new_tokens=24, **named)
+            return list(module.check_costs(loading.read_plan(chosen).load(), chosen, [prompt(8)]))
+
+        (costs,) = found()
+        assert re.match(r"\d+ cycles: .* expected; why: .*\.\nLlamaForCausalLM .* a plain step", costs.words)
+        assert found(num_branches=1) == []
+
+    @pytest.fixture
+    def folders(self, tmp_path):
+        return save_word_target(tmp_path / "target"), *save_word_drafters(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["max_prompts", "max_new_tokens"])

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,7 +59,7 @@ def test_the_report_is_the_plain_reply_with_the_source_of_each_piece(folders, pl
     counts = report["tokens_by_source"]
     assert counts.pop("context") == 0, "trees of width 1 are D²SD as published"
     assert all(counts.values()) and sum(counts.values()) == report["new_tokens"]
-    assert report["mean_acceptance_length"] > 1.2
+    assert report["mean_acceptance_length"] > 1.2 and report["dtype"] == report["plain"]["dtype"] == "float32"
     json.dumps(report)
 
 
@@ -189,7 +191,7 @@ def test_as_text_without_colours_sources_stand_in_brackets(folders, plain, monke
     reply, rest = shown.split("plain decoding")
     assert "[" in reply and "{" in reply and "\x1b" not in shown
     assert reply.translate(str.maketrans("", "", "[]{}─")).split() == plain[1].split()
-    assert "The same text both ways" in rest and "first drafter" in rest
+    assert "The same text both ways, in float32" in rest and "first drafter" in rest
 
 
 def test_the_command_says_what_is_wrong_in_one_line(folders):
@@ -266,6 +268,76 @@ def test_a_reply_of_one_token_has_no_speed_and_no_cycle(folders):
     report = generate(options(folders, max_new_tokens=1, compare=True))
     assert report["mean_acceptance_length"] is None and report["plain"]["speed_ratio"] is None
     assert report["new_tokens"] == 1
+
+
+class TestTheFastestDtype:
+    """By what the device can, and as long as nobody names another."""
+
+    @pytest.mark.parametrize(
+        ("flags", "dtype"),
+        [
+            ({"avx2", "avx512_bf16"}, torch.bfloat16),
+            ({"amx_bf16", "amx_tile"}, torch.bfloat16),
+            ({"neon", "bf16"}, torch.bfloat16),
+            ({"avx2", "avx512f", "amx_int8"}, torch.float32),
+            (set(), torch.float32),
+        ],
+    )
+    def test_of_a_cpu_follows_from_its_flags(self, monkeypatch, flags, dtype):
+        monkeypatch.setattr(loading, "cpu_flags", lambda: flags)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+        assert loading.fastest_dtype(torch.device("cpu")) == dtype
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert loading.fastest_dtype(torch.device("cpu")) == torch.float32, "there is nothing that would use the units"
+
+    @pytest.mark.parametrize(
+        ("capability", "dtype"),
+        [((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((7, 5), torch.float16), ((6, 1), torch.float32)],
+    )
+    def test_of_a_gpu_follows_from_its_capability(self, monkeypatch, capability, dtype):
+        def supported(including_emulation: bool = True) -> bool:
+            return including_emulation or capability[0] >= 8
+
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        assert loading.fastest_dtype(torch.device("cuda")) == dtype
+
+    @pytest.mark.parametrize("asks_torch", [True, False])
+    def test_flags_are_those_that_linux_names(self, monkeypatch, asks_torch):
+        """With a torch that can be asked, and with an older one."""
+        if asks_torch:
+            if not hasattr(torch.cpu, "get_capabilities"):
+                pytest.skip("this torch cannot be asked")
+        else:
+            monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        text = Path("/proc/cpuinfo").read_text()
+        for unit in loading.BFLOAT16_UNITS:
+            assert (unit in loading.cpu_flags()) == (re.search(rf"\b{unit}\b", text) is not None)
+
+    def test_is_the_default_of_a_reply_and_any_other_can_be_named(self, folders, monkeypatch):
+        target, first, second = map(str, folders)
+        unnamed = GenerateOptions(target=target, drafters=[first, second], prompt="a b c")
+        monkeypatch.setattr(loading, "fastest_dtype", lambda device: torch.bfloat16)
+        pair = loading.plan_pair(unnamed).load()  # of a checkpoint in float32
+        assert pair.target.dtype == pair.assistant.first.dtype == torch.bfloat16
+        assert loading.plan_pair(options(folders, dtype="float16")).dtype == torch.float16
+        assert loading.plan_pair(options(folders, dtype="auto")).dtype == "auto"
+
+    def test_a_quantized_target_stays_as_it_is(self, folders):
+        config = tf.AutoConfig.from_pretrained(folders[0])
+        assert loading.dtype_of("fastest", "cpu", config) != "auto"
+        config.quantization_config = {"quant_method": "torchao"}
+        assert loading.dtype_of("fastest", "cpu", config) == "auto"
+
+
+def test_what_was_chosen_is_one_line_unless_options_say_how_trees_are(folders, library_default, capsys):
+    report = generate(options(folders))
+    assert re.match(r"\d+ cycles: .*tokens a pass; cost .* plain steps, .* expected; why: \w", report["decisions"])
+    assert "\n" not in report["decisions"]
+    assert generate(options(folders, num_branches=1))["decisions"] is None
+    generate(options(folders, format="text"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"chosen \d+ cycles: ", shown)
 
 
 def test_dtype_is_that_of_target_and_drafters(folders):

@@ -95,7 +95,7 @@ class TestCards:
         assert "|  | first | second |\n|---|---|---|\n| parameters | 0.0 million | 0.0 million |\n" in text
         assert "\n| block, γ | 4 | 6 |\n" in text
         assert "\n| features of the target's layers | 0, 2 | 0, 2 |\n" in text
-        assert "Defaults: `num_branches` 4, `tree_width` 1, `tree_budget` none." in text
+        assert "with `d2sd_auto=False`: `num_branches` 4, `tree_width` 1, `tree_budget` none." in text
 
     def test_what_is_written_by_hand_is_kept_as_it_is(self, folder):
         assert "\n## Training\n\nBy hand: {{ not a template }}.\n\n## Licence" in made(folder).text

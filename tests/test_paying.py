@@ -2,11 +2,12 @@
 
 import itertools
 import random
+from collections import Counter
 
 import pytest
 
 from hf_d2sd.costs import FIRST, PASS, REST, SECOND, CostTable, Curve
-from hf_d2sd.paying import BEGINNING, MOST, SHARE, Offer, Pace, Purse, best, trees
+from hf_d2sd.paying import BEGINNING, MOST, SHARE, Decisions, Offer, Pace, Purse, best, trees
 
 
 def rate_of(policy, situations) -> float:
@@ -202,7 +203,23 @@ def test_candidates_that_need_no_draft_are_checked_by_themselves():
     assert pace.nodes(reach) == 4 and pace._kind == "free"
     pace.mark(PASS, 4)
     pace.end(tokens=3, accepted=2)
-    assert pace.decisions.kinds == {"free": 1} and pace.decisions.nodes == {4: 1}
+    assert pace.decisions.kinds == {"free": 1} and pace.decisions.nodes == {4: 1} and pace.decisions.tokens == 3
+
+
+def test_decisions_are_said_in_one_line():
+    decisions = Decisions(
+        kinds=Counter(both=30, free=8, plain=3),
+        nodes=Counter({16: 30, 4: 8, 1: 3}),
+        reasons=Counter({"both drafts pay": 29, "the text so far pays": 8, "measuring a plain step": 3}),
+        tokens=107.0,
+        predicted=40.04,
+        measured=38.0,
+    )
+    assert str(decisions) == (
+        "41 cycles: 30 both drafters, 8 the text so far, 3 plain; 12.6 nodes on average; 2.61 tokens a pass; "
+        "cost 38.0 plain steps, 40.0 expected; why: both drafts pay (29), the text so far pays (8)"
+    )
+    assert str(Decisions()) == "no cycles"
 
 
 def test_one_decision_holds_for_all_rows_of_a_batch():

@@ -1,6 +1,7 @@
 """The real model: SmolLM2-135M-Instruct with the pair in hub_cards/."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,16 @@ def test_greedy_equals_plain_generate_on_all_prompts(smollm2, tmp_path):
     done = run("equality.py", "--out", tmp_path / "result.json", "--work", ROOT / "benchmarks" / "work" / "equality")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "result.json").read_text())["differing"] == []
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_same_text_and_what_was_chosen(smollm2):
+    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--dtype", "float32", "--max-new-tokens", "24"]
+    for options, chosen in (
+        ([], r"\d+ cycles: .* expected; why: "),
+        (["--branches", "2"], "where plain generate has 1"),
+    ):
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        shown = " ".join(done.stdout.split())
+        assert "the same text: yes" in shown and re.search(chosen, shown), shown

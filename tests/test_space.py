@@ -64,7 +64,7 @@ class TestViews:
         assert "<svg" not in views.tree_html([], 1, str)
 
     def test_equal_texts_are_called_so_and_differing_ones_explained(self, views):
-        assert views.verdict(["a", "a"], "float32") == "The same text."
+        assert views.verdict(["a", "a"], "float32") == "The same text, in float32."
         assert "error" in views.verdict(["a", "b"], "float32")
         assert "nearly tied" in views.verdict(["a", "b"], "bfloat16")
 
@@ -78,11 +78,22 @@ class TestViews:
             target.generate(prompt(), do_sample=False, max_new_tokens=6, assistant_model=pair, **options)
             return [(cycle.tokens, cycle.parents) for cycle in pair.last_stats.trace]
 
-        for strategy in views.STRATEGIES[:-1]:
+        for strategy in (views.WIDE, views.PAPER, views.FIRST):
             for name, used in zip(("branches", "budget", "width"), views.sliders_in_use(strategy)):
                 greater = {"branches": 3, "budget": 3, "width": 5}[name]
                 assert (trees(strategy) != trees(strategy, **{name: greater})) == used, (strategy, name)
-        assert views.sliders_in_use(views.PLAIN) == (False, False, False)
+        for strategy in (views.PLAIN, views.DEFAULT):
+            assert views.sliders_in_use(strategy) == (False, False, False)
+
+    def test_the_first_strategy_is_the_librarys_default_and_says_what_it_chose(self, views, library_default):
+        """Whatever the sliders stand at."""
+        target, pair = tiny_target(), tiny_assistant()
+        options = views.options(views.STRATEGIES[0], 4, 16, 8)
+        target.generate(prompt(), do_sample=False, max_new_tokens=16, assistant_model=pair, **options)
+        decisions = pair.last_stats.decisions
+        assert decisions is not None and len(pair.last_stats.trace) == decisions.kinds.total()
+        reply = views.Reply([Piece("a", "first")], 1, 1, seconds=1.0, done=True, chosen=str(decisions))
+        assert f"<p>{decisions}.</p>" in views.numbers_html({"x": reply}, "float32")
 
 
 def test_the_card_names_the_app():
@@ -102,7 +113,16 @@ def served(target: Path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(SPACE / "app.py"), "--target", str(target), "--port", str(port)]
+    command = [
+        sys.executable,
+        str(SPACE / "app.py"),
+        "--target",
+        str(target),
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+    ]
     app = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -162,7 +182,7 @@ def test_a_visitor_decodes_a_prompt_and_looks_at_the_trees(browser, address):
     find(browser, "#tree svg")
     drafted, plain = (reply(browser, name) for name in ("drafted", "plain"))
     assert len(drafted) > 20 and drafted == plain
-    assert "The same text." in find(browser, "#numbers")[0].text
+    assert re.search(r"The same text, in float32.*\d+ cycles: ", find(browser, "#numbers")[0].text, re.S)
     colours = {mark.value_of_css_property("background-color") for mark in find(browser, "#drafted div span")}
     assert len(colours) > 1, "sources have colours of their own"
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import gradio as gr
 import torch
 import views
-from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
 
 from hf_d2sd import Cycle, D2SDAssistant
+from hf_d2sd.apps.loading import DTYPES, FASTEST, default_device, dtype_of
 from hf_d2sd.streaming import SourceStreamer
 
 PAIR = Path(__file__).resolve().parents[2] / "hub_cards" / "SmolLM2-135M-Instruct-D2SD"
@@ -31,7 +32,8 @@ INTRODUCTION = """
 # D²SD speculative decoding
 Two small drafters propose text, the model checks a whole tree of it in one pass, and keeps what it would have written
 itself: the same text in fewer passes. How many tokens a pass yields depends on drafters and text; what that is worth
-in seconds, on the machine, and this one may well be a small CPU.
+in seconds, on the machine, and this one may well be a small CPU. Unless you choose a strategy, each cycle does what
+pays here.
 """
 
 
@@ -55,15 +57,13 @@ class Decoder:
 
     @classmethod
     def load(cls, target: str, pair: str, dtype: str) -> "Decoder":
-        dtype = getattr(torch, dtype)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        decoder = cls(
-            AutoModelForCausalLM.from_pretrained(target, dtype=dtype).to(device).eval(),
-            AutoTokenizer.from_pretrained(target),
-            D2SDAssistant.from_pretrained(pair, dtype=dtype).to(device).eval(),
-        )
-        for strategy in (views.PLAIN, views.WIDE):  # warm-up: the first call of a way is slower
-            for _ in decoder.reply("Hello", strategy, 4, 16, 8, 8):
+        device = default_device()
+        dtype = dtype_of(dtype, device, AutoConfig.from_pretrained(target))
+        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).to(device).eval()
+        drafters = D2SDAssistant.from_pretrained(pair, dtype=model.dtype).to(device).eval()
+        decoder = cls(model, AutoTokenizer.from_pretrained(target), drafters)
+        for strategy in (views.PLAIN, views.DEFAULT):  # warm-up: the first call is slower, and learns what cycles cost
+            for _ in decoder.reply("Why does bread rise?", strategy, 4, 16, 8, 32):
                 pass
         return decoder
 
@@ -115,6 +115,7 @@ class Decoder:
             yield reply, []
             return
         (found,) = stats
+        reply = replace(reply, chosen=str(found.decisions or ""))
         yield replace(reply, passes=found.cycles + 1, nodes=views.mean_nodes(found.tree_sizes)), found.trace
 
 
@@ -150,11 +151,15 @@ def page(decoder: Decoder) -> gr.Blocks:
         gr.Markdown(INTRODUCTION)
         prompt = gr.Textbox(PROMPTS[0], label="Prompt", lines=2, max_length=2000, elem_id="prompt")
         gr.Examples([[text] for text in PROMPTS], prompt, label="Examples")
-        strategy = gr.Radio(list(views.STRATEGIES), value=views.WIDE, label="Strategy", elem_id="strategy")
+        strategy = gr.Radio(list(views.STRATEGIES), value=views.DEFAULT, label="Strategy", elem_id="strategy")
         with gr.Row():
-            branches = gr.Slider(0, 7, config.num_branches, step=1, label="K: prefixes re-drafted", min_width=220)
-            budget = gr.Slider(2, 64, config.tree_budget or 32, step=1, label="Budget: nodes a pass", min_width=220)
-            width = gr.Slider(2, 16, max(config.tree_width, 2), step=1, label="Width: tokens a place", min_width=220)
+            sliders = [
+                gr.Slider(0, 7, config.num_branches, step=1, label="K: prefixes re-drafted", min_width=220),
+                gr.Slider(2, 64, config.tree_budget or 32, step=1, label="Budget: nodes a pass", min_width=220),
+                gr.Slider(2, 16, max(config.tree_width, 2), step=1, label="Width: tokens a place", min_width=220),
+            ]
+            for slider, used in zip(sliders, views.sliders_in_use(views.DEFAULT)):
+                slider.interactive = used
             tokens = gr.Slider(8, 256, 64, step=8, label="New tokens", min_width=220)
         run = gr.Button("Decode", variant="primary", elem_id="run")
         gr.HTML(views.legend_html())
@@ -167,11 +172,11 @@ def page(decoder: Decoder) -> gr.Blocks:
         cycle = gr.Slider(1, 2, 1, step=1, label="Cycle", visible=False, elem_id="cycle")
         tree, cycles = gr.HTML(elem_id="tree"), gr.State([])
 
-        controls = [prompt, strategy, branches, budget, width, tokens]
+        controls = [prompt, strategy, *sliders, tokens]
         strategy.change(
             lambda name: [gr.update(interactive=used) for used in views.sliders_in_use(name)],
             strategy,
-            [branches, budget, width],
+            sliders,
             queue=False,
             show_progress="hidden",
         )
@@ -193,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default=os.environ.get("D2SD_TARGET", "HuggingFaceTB/SmolLM2-135M-Instruct"))
     parser.add_argument("--pair", default=os.environ.get("D2SD_PAIR", str(PAIR)), help="folder or Hub id")
-    parser.add_argument("--dtype", default=os.environ.get("D2SD_DTYPE", "float32"), choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", default=os.environ.get("D2SD_DTYPE", FASTEST), choices=DTYPES)
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
     parser.add_argument("--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)))
     args = parser.parse_args()

@@ -10,7 +10,8 @@ from hf_d2sd.apps.drawing import COLOURS, tree_svg
 from hf_d2sd.streaming import Piece
 
 PLAIN, FIRST, PAPER, WIDE = "plain", "first drafter alone", "D²SD as published", "D²SD, wide trees"
-STRATEGIES = (WIDE, PAPER, FIRST, PLAIN)
+DEFAULT = "what pays here"  # the library's default
+STRATEGIES = (DEFAULT, WIDE, PAPER, FIRST, PLAIN)
 NAMES = {
     "first": "first drafter",
     "second": "second drafter",
@@ -29,6 +30,7 @@ class Reply:
     nodes: float = 1.0  # that a pass after the prompt's checks, on average
     seconds: float = 0.0
     done: bool = False
+    chosen: str = ""  # what cycles did and why, where each chose it
 
     @property
     def text(self) -> str:
@@ -37,6 +39,8 @@ class Reply:
 
 def options(strategy: str, branches: int, budget: int, width: int) -> dict:
     """What `generate` is told for a strategy; the sliders count where the strategy has use for them."""
+    if strategy == DEFAULT:
+        return {"d2sd_trace": True}
     chosen = {
         FIRST: dict(d2sd_num_branches=0, d2sd_tree_width=1),
         PAPER: dict(d2sd_num_branches=branches, d2sd_tree_width=1),
@@ -47,7 +51,7 @@ def options(strategy: str, branches: int, budget: int, width: int) -> dict:
 
 def sliders_in_use(strategy: str) -> tuple[bool, bool, bool]:
     """Whether K, budget and width mean something for a strategy."""
-    return strategy in (PAPER, WIDE), strategy != PLAIN, strategy == WIDE
+    return strategy in (PAPER, WIDE), strategy in (FIRST, PAPER, WIDE), strategy == WIDE
 
 
 def reply_html(reply: Reply, title: str) -> str:
@@ -81,9 +85,10 @@ def numbers_html(replies: dict[str, Reply], dtype: str) -> str:
     heads = "".join(
         f"<th>{name}</th>" for name in ("", "tokens", "passes", "tokens a pass", "nodes a pass", "s", "tokens/s")
     )
+    chosen = "".join(f"<p>{html.escape(reply.chosen)}.</p>" for reply in replies.values() if reply.chosen)
     return (
         f'<div class="d2sd-scroll"><table class="d2sd-numbers"><tr>{heads}</tr>{rows}</table></div>'
-        f"<p>{verdict([reply.text for reply in replies.values()], dtype)}</p>"
+        f"<p>{verdict([reply.text for reply in replies.values()], dtype)}</p>{chosen}"
     )
 
 
@@ -91,7 +96,7 @@ def verdict(texts: list[str], dtype: str) -> str:
     if len(texts) < 2:
         return ""
     if len(set(texts)) == 1:
-        return "The same text."
+        return f"The same text, in {dtype}."
     if dtype == "float32":
         return "The texts differ. In float32 that is an error; please report it."
     return (
@@ -109,10 +114,10 @@ def tree_html(cycles: Sequence[Cycle], number: int, decode) -> str:
     before = "".join(decode(token) for earlier in cycles[: number - 1] for token in earlier.emitted)
     before = before if len(before) <= 120 else "…" + before[-120:]
     added = "".join(decode(token) for token in cycle.emitted)
-    count = len(cycle.path)
+    count, size = len(cycle.path), len(cycle.tokens)
     return (
         f'<p class="d2sd-note">cycle {number} of {len(cycles)}: {count} token{"s" if count > 1 else ""} from one '
-        f"pass over {len(cycle.tokens)} nodes</p>"
+        f"pass over {size} node{'s' if size > 1 else ''}</p>"
         f'<p class="d2sd-context">{html.escape(before)}<b>{html.escape(added)}</b></p>'
         f'<div class="d2sd-scroll">{tree_svg(cycle, decode)}</div>'
     )

@@ -59,6 +59,7 @@ class DecodingOptions:
         "be unset: then a tree of width 1 keeps every node",
         of_pair="tree_budget",
         least=1,
+        in_words=(None, "the pair's `tree_budget`; with `d2sd_auto` at least 64"),
         key="budget",
     )
     block_size: int = option(
@@ -82,6 +83,7 @@ class DecodingOptions:
         default=1,
         of_pair="tree_width",
         least=1,
+        in_words=(None, "the pair's `tree_width`; with `d2sd_auto` 8 in place of 1"),
         key="width",
     )
     branch_source: str = option(

@@ -18,6 +18,7 @@ EVERY = 4  # in the first cycles, each so many take a size that was not measured
 LEARNING = 64  # cycles
 
 PLAIN, FREE, ONLY_FIRST, BOTH = "plain", "free", "first", "both"  # kinds of cycles
+_KINDS = {PLAIN: "plain", FREE: "the text so far", ONLY_FIRST: "first drafter", BOTH: "both drafters"}  # in words
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,22 @@ class Decisions:
     nodes: Counter[int] = field(default_factory=Counter)  # cycles by nodes checked in each row
     branches: Counter[int] = field(default_factory=Counter)  # cycles by blocks of the second drafter
     reasons: Counter[str] = field(default_factory=Counter)  # cycles by why they were as they were
+    tokens: float = 0.0  # that all cycles gave, a row
     predicted: float = 0.0  # cost of the cycles that were measured, in plain steps, as their decisions had it
     measured: float = 0.0  # and as it was
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds.most_common())
-        reasons = "; ".join(f"{reason} ({count})" for reason, count in self.reasons.most_common(3))
-        return f"{kinds}; cost {self.measured:.1f} plain steps, {self.predicted:.1f} expected; {reasons}"
+        """One line: what was chosen, what it gave and cost, and why."""
+        cycles = self.kinds.total()
+        if not cycles:
+            return "no cycles"
+        kinds = ", ".join(f"{count} {_KINDS[kind]}" for kind, count in self.kinds.most_common())
+        nodes = sum(size * count for size, count in self.nodes.items()) / cycles
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in self.reasons.most_common(2))
+        return (
+            f"{cycles} cycles: {kinds}; {nodes:.1f} nodes on average; {self.tokens / cycles:.2f} tokens a pass; "
+            f"cost {self.measured:.1f} plain steps, {self.predicted:.1f} expected; why: {reasons}"
+        )
 
 
 class Pace:
@@ -236,6 +246,7 @@ class Pace:
         self._rate.add(steps, cost)
         if not plain:
             self._learn(steps, cost, accepted)
+        self.decisions.tokens += steps
         self._note(cost)
 
     def _learn(self, steps: float, cost: float, accepted: int) -> None:

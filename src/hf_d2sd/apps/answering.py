@@ -12,11 +12,12 @@ from transformers import Cache, StoppingCriteria, StoppingCriteriaList
 from ..modeling import CACHE_NAME
 from ..stats import D2SDStats
 from ..streaming import Piece, SourceStreamer
-from .loading import Pair, PairOptions
+from .loading import FASTEST, Pair, PairOptions, dtype_field
 
 
 @dataclass
 class AnswerOptions(PairOptions):
+    dtype: str = dtype_field(FASTEST)
     max_new_tokens: int = field(default=256, metadata={"help": "the reply's greatest length"})
     temperature: float = field(default=0.0, metadata={"help": "0: greedy"})
     top_p: float | None = field(default=None, metadata={"help": "sampling; default: the target's"})
@@ -60,6 +61,7 @@ class Answer:
     sequence: list[int]  # prompt and reply
     cache: Cache
     plain: bool = False  # without drafters
+    dtype: str = "float32"  # of the target
 
     @property
     def text(self) -> str:
@@ -74,6 +76,7 @@ class Answer:
         """For JSON."""
         report: dict = {
             "text": self.text,
+            "dtype": self.dtype,
             "new_tokens": len(self.tokens),
             "first_token_seconds": round(self.first_token_seconds, 4),
             "tokens_per_second": round(self.tokens_per_second, 2),
@@ -84,6 +87,7 @@ class Answer:
                 "acceptance_histogram": self.stats.acceptance_histogram,
                 "tokens_by_source": self.stats.tokens_by_source,
                 "attention_backend": self.stats.attention_backend,
+                "decisions": str(self.stats.decisions) if self.stats.decisions is not None else None,
                 "pieces": [list(piece) for piece in self.pieces],
             }
         return report
@@ -163,6 +167,7 @@ def answer(
         sequence=out.sequences[0].tolist(),
         cache=out[CACHE_NAME],
         plain=plain,
+        dtype=str(pair.target.dtype).removeprefix("torch."),
     )
 
 

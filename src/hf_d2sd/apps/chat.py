@@ -112,7 +112,7 @@ def chat(options: ChatOptions) -> None:
     as_text = shows_text(options)
     output = text_output() if as_text else None
     pair = plan.load()
-    session = _TextSession(output, pair) if as_text else _JsonSession()
+    session = _TextSession(output) if as_text else _JsonSession()
     conversation = Conversation(pair, plan, options, session.run)
     session.begin()
     for line in session.lines():
@@ -168,8 +168,8 @@ def stopped_by_interrupt() -> Iterator[StopOnRequest]:
 class _TextSession:
     """A chat in a terminal."""
 
-    def __init__(self, output, pair: Pair):
-        self._output, self._pair = output, pair
+    def __init__(self, output):
+        self._output = output
 
     def begin(self) -> None:
         self._output.console.print(self._output.display.legend(self._output.console))
@@ -202,6 +202,8 @@ class _TextSession:
             line += f", {stats.mean_acceptance_length:.2f} a target pass"
         line += f"; {stats.prompt_tokens} tokens were new to read"
         self.say(f"{line}{'; stopped' if stopped else ''}")
+        if stats.decisions is not None:
+            self.say(str(stats.decisions))
 
     def show_figures(self, reply: Answer | None) -> None:
         if reply is None:
@@ -210,8 +212,7 @@ class _TextSession:
             self._output.console.print(self._output.display.summary(reply))
 
     def show_comparison(self, comparison: Comparison) -> None:
-        dtype = str(self._pair.target.dtype).removeprefix("torch.")
-        self._output.console.print(self._output.display.verdict(comparison, dtype))
+        self._output.console.print(self._output.display.verdict(comparison))
 
 
 class _JsonSession:

@@ -136,16 +136,19 @@ def summary(answer: Answer) -> Table:
             histogram = ", ".join(f"{size}: {count}" for size, count in stats.acceptance_histogram.items())
             rows["tokens a target pass"] = f"{stats.mean_acceptance_length:.2f} (passes by tokens: {histogram})"
             rows["nodes a pass"] = f"{stats.mean_tree_size:.1f}"
+        if stats.decisions is not None:
+            rows["chosen"] = str(stats.decisions)
         rows["attention"] = stats.attention_backend
     for name, value in rows.items():
         table.add_row(Text(name, "dim"), Text(value))
     return table
 
 
-def verdict(comparison: Comparison, dtype: str) -> Text:
+def verdict(comparison: Comparison) -> Text:
     """Whether both texts are the same, and which way was the faster."""
+    dtype = comparison.drafted.dtype
     if comparison.same_text:
-        line = "The same text both ways"
+        line = f"The same text both ways, in {dtype}"
     elif dtype == "float32":
         line = f"The texts part at token {comparison.first_difference}. In float32 that is an error; please report it"
     else:

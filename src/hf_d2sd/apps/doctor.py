@@ -10,7 +10,7 @@ from torch import Tensor
 from ..attention import TreeAttention
 from ..modeling import D2SDAssistant
 from ..pairs import CONTEXT
-from .answering import AnswerOptions
+from .answering import AnswerOptions, answer
 from .cards import published_acceptance, read_card
 from .findings import Finding, fine, note, wrong
 from .loading import Pair, PairOptions, PairPlan, chat_tokens, read_plan, refuse_too_long
@@ -54,6 +54,12 @@ class DoctorOptions(PairOptions):
         """Greedy replies."""
         shared = {f.name: getattr(self, f.name) for f in fields(PairOptions)}
         return AnswerOptions(**shared, max_new_tokens=self.max_new_tokens)
+
+    def judging(self) -> AnswerOptions:
+        """The same with the pair's own trees in every cycle: what pays here says nothing of the drafters."""
+        options = self.answering()
+        options.auto = bool(self.auto)
+        return options
 
 
 def doctor(options: DoctorOptions) -> None:
@@ -162,13 +168,14 @@ def check_attention(pair: Pair, options: DoctorOptions) -> Finding:
 
 
 def examine_decoding(pair: Pair, options: DoctorOptions, prompts: list[Tensor]) -> Iterator[Finding]:
-    """What only running tells: texts, forwards, roles and acceptance, and where that is low, why."""
+    """What only running tells: texts, what pays, forwards, roles and acceptance, and where that is low, why."""
     from . import diagnosis, parity
 
-    answering = options.answering()
+    answering = options.judging()
     replies = [parity.reply_both_ways(pair, answering, input_ids) for input_ids in prompts]
     dtype = str(pair.target.dtype).removeprefix("torch.")
     yield parity.check_texts(replies, dtype)
+    yield from check_costs(pair, options, prompts)  # before anything runs in another dtype
     acceptance = check_acceptance([reply.drafted.stats for reply in replies], options.drafters)
     reason = _why_not_float32(pair, dtype)
     if reason is not None:
@@ -185,6 +192,14 @@ def examine_decoding(pair: Pair, options: DoctorOptions, prompts: list[Tensor]) 
     yield acceptance
     if acceptance.level == "wrong":
         yield from diagnosis.diagnose(pair, bench)
+
+
+def check_costs(pair: Pair, options: DoctorOptions, prompts: list[Tensor]) -> Iterator[Finding]:
+    """What cycles cost here and what was chosen by that, where nothing is said of how trees are."""
+    replies = [answer(pair, options.answering(), input_ids) for input_ids in prompts[:2]]  # it learns from the first
+    decisions = replies[-1].stats.decisions
+    if decisions is not None:
+        yield fine("costs", f"{decisions}.\n{pair.assistant.costs}.")
 
 
 def _why_not_float32(pair: Pair, dtype: str) -> str | None:

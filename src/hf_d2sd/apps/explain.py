@@ -32,14 +32,14 @@ def explain(options: ExplainOptions) -> dict:
     plan, input_ids = prepare(options)
     pair = plan.load()
     reply = answer(pair, options, input_ids, d2sd_trace=True)
-    page = make_page(options, pair.tokenizer, input_ids[0].tolist(), reply, str(pair.target.dtype))
+    page = make_page(options, pair.tokenizer, input_ids[0].tolist(), reply)
     write_text(options.out, render(page))
     report = reply.report()
     report.pop("pieces")
     return {"out": str(options.out), "cycles": reply.stats.cycles, **report}
 
 
-def make_page(options: ExplainOptions, tokenizer, prompt: list[int], reply: Answer, dtype: str) -> Page:
+def make_page(options: ExplainOptions, tokenizer, prompt: list[int], reply: Answer) -> Page:
     """What the page shows, without a word of HTML."""
     drawn = {token for cycle in reply.stats.trace or [] for token in [*cycle.tokens, *cycle.emitted]}
     way = "greedy" if options.temperature == 0 else f"temperature {options.temperature}, seed {options.seed}"
@@ -52,7 +52,8 @@ def make_page(options: ExplainOptions, tokenizer, prompt: list[int], reply: Answ
         facts={
             "Target": public_name(options.target),
             "Drafters": ", ".join(map(public_name, options.drafters)),
-            "Decoding": f"{way}, {dtype.removeprefix('torch.')}",
+            "Decoding": f"{way}, {reply.dtype}",
+            "Chosen": str(reply.stats.decisions or "the same in each cycle, as the options say"),
             "Attention over trees": reply.stats.attention_backend,
             "Speed": f"{reply.tokens_per_second:.1f} tokens a second after the first, while every tree was kept",
             "Versions": f"transformers {transformers.__version__}, torch {torch.__version__}",

@@ -59,7 +59,7 @@ def generate(options: GenerateOptions) -> dict | None:
     drafted = ask()
     comparison = Comparison(drafted, ask(plain=True)) if options.compare else None
     if output is not None:
-        output.summary(drafted, comparison, pair)
+        output.summary(drafted, comparison)
         return None
     report = {"prompt_tokens": input_ids.shape[1], **drafted.report()}
     return report | ({"plain": comparison.report()} if comparison is not None else {})
@@ -112,10 +112,10 @@ class TextOutput:
 
             return run(show, **options)
 
-    def summary(self, drafted: Answer, comparison: Comparison | None, pair: Pair) -> None:
+    def summary(self, drafted: Answer, comparison: Comparison | None) -> None:
         display = self.display
         self.console.rule(style="dim")
         self.console.print(display.legend(self.console))
         self.console.print(display.summary(drafted))
         if comparison is not None:
-            self.console.print(display.verdict(comparison, str(pair.target.dtype).removeprefix("torch.")))
+            self.console.print(display.verdict(comparison))

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +24,8 @@ from ..modeling import D2SDAssistant, D2SDConfig
 from ..options import PREFIX, command_fields, option_fields, settle
 from ..pairs import CONTEXT, load_assistant, read_pair_config, refuse_missing_folder
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+FASTEST = "fastest"
+DTYPES = ("auto", FASTEST, "float32", "bfloat16", "float16")
 
 
 OPTIONS = [declared.name for declared in option_fields() if declared.name != "trace"]
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
     DraftingFields = Any
 else:
     DraftingFields = command_fields(*OPTIONS)
+
+
+def dtype_field(default: str):
+    words = f"auto: the target's checkpoint's; {FASTEST}: bfloat16 where the device has units for it, else float32"
+    return field(default=default, kw_only=True, metadata={"help": words, "choices": list(DTYPES)})
 
 
 @dataclass(kw_only=True)
@@ -42,7 +49,7 @@ class PairOptions(DraftingFields):
             "context: none, continuations of the text so far are all that is drafted"
         }
     )
-    dtype: str = field(default="auto", metadata={"help": "auto: the target's checkpoint's", "choices": list(DTYPES)})
+    dtype: str = dtype_field("auto")
     device: str | None = field(
         default=None,
         metadata={"help": "cpu, cuda, cuda:1, or auto: spread the target; default: a GPU, if there is one"},
@@ -77,6 +84,11 @@ class PairPlan:
         """The greatest number of tokens that the target has positions for."""
         return getattr(self.target_config.get_text_config(decoder=True), "max_position_embeddings", None)
 
+    @property
+    def dtype(self) -> torch.dtype | str:
+        """What `from_pretrained` takes."""
+        return dtype_of(self.options.dtype, self.options.device, self.target_config)
+
     @functools.cached_property
     def empty_target(self) -> PreTrainedModel:
         """The target without weights."""
@@ -93,9 +105,8 @@ class PairPlan:
     def load(self) -> "Pair":
         """Read the weights."""
         options = self.options
-        dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        target = AutoModelForCausalLM.from_pretrained(options.target, dtype=dtype, device_map=device).eval()
+        where = options.device or default_device()
+        target = AutoModelForCausalLM.from_pretrained(options.target, dtype=self.dtype, device_map=where).eval()
         return Pair(target, self.tokenizer, load_assistant(options.drafters, target.dtype).to(target.device))
 
 
@@ -106,6 +117,45 @@ class Pair:
     target: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     assistant: D2SDAssistant
+
+
+def dtype_of(name: str, device: str | None, config: PreTrainedConfig) -> torch.dtype | str:
+    """What `from_pretrained` takes for one of `DTYPES`, for a target on a device; a quantized one stays as it is."""
+    if name == "auto" or (name == FASTEST and getattr(config, "quantization_config", None) is not None):
+        return "auto"
+    if name != FASTEST:
+        return getattr(torch, name)
+    return fastest_dtype(torch.device(default_device() if device in (None, "auto") else device))
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies in it; else float32, and float16 on GPUs from before (Volta, Turing)."""
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+        return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else torch.float32
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
+    has_units = device.type == "cpu" and torch.backends.mkldnn.is_available() and cpu_flags() & BFLOAT16_UNITS
+    return torch.bfloat16 if has_units else torch.float32
+
+
+BFLOAT16_UNITS = {"avx512_bf16", "amx_bf16", "bf16"}  # as a CPU's flags: x86's two, and ARM's
+
+
+def cpu_flags() -> set[str]:
+    """What this machine's processor can, in the words of Linux; torch asks it too, from 2.10 on, on other systems."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, there in torch.cpu.get_capabilities().items() if there is True}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split()}
 
 
 def plan_pair(options: PairOptions) -> PairPlan:

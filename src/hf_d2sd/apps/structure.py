@@ -160,9 +160,10 @@ def _saved_tokenizer(name: str):
 
 def check_dtype(plan: PairPlan) -> Finding:
     saved = {role: _dtype_name(config.dtype or plan.pair_config.dtype) for role, config in roles(plan)}
-    used = plan.options.dtype
+    used = plan.dtype
     if used == "auto":
-        used = _dtype_name(plan.target_config.dtype or plan.target_config.get_text_config(decoder=True).dtype)
+        used = plan.target_config.dtype or plan.target_config.get_text_config(decoder=True).dtype
+    used = _dtype_name(used)
     words = f"Target and drafters run in {used}; the drafters were saved in {', '.join(sorted(set(saved.values())))}."
     if used == "float16" and set(saved.values()) - {"float16"}:
         return note("dtype", words, "float16 ends at 65504: if drafts are bad, run in bfloat16 or float32.")

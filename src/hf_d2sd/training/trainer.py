@@ -310,11 +310,15 @@ def _mask_token_id(options: TrainOptions, tokenizer, first: D2SDDrafterModel | N
 
 @torch.inference_mode()
 def acceptance_length(target, assistant: D2SDAssistant, rows: list[Row], max_new_tokens: int) -> float:
-    """Tokens committed in a target pass, over the greedy answers to all rows' prompts."""
+    """Tokens committed in a target pass, over the greedy answers to all rows' prompts.
+
+    Every cycle has the pair's own tree: what pays on this machine says nothing of the drafters.
+    """
+    options = dict(assistant_model=assistant, d2sd_auto=False, do_sample=False, max_new_tokens=max_new_tokens)
     tokens = cycles = 0
     for row in rows:
         prompt = row.tokens[None, : row.prompt_length].to(target.device)
-        target.generate(prompt, assistant_model=assistant, do_sample=False, max_new_tokens=max_new_tokens)
+        target.generate(prompt, **options)
         tokens += sum(assistant.last_stats.committed_per_cycle)
         cycles += len(assistant.last_stats.committed_per_cycle)
     return tokens / max(cycles, 1)
