@@ -160,9 +160,9 @@ def test_a_drafter_is_calibrated_in_place(target, data, first, tmp_path):  # noq
 def test_a_pairs_drafters_are_calibrated_as_each_one_alone(target, data, first, tmp_path):  # noqa: F811
     """In the pair's one config, the second drafter after prefixes as its training drew them."""
     alone, pair = tmp_path / "alone", tmp_path / "pair"
-    drafter = D2SDDrafterModel.from_pretrained(first / "last")
+    drafter = D2SDDrafterModel.from_pretrained(first / "last", dtype=torch.bfloat16)
     drafter.save_pretrained(alone)
-    D2SDAssistant.from_drafters(drafter, copy.deepcopy(drafter), tree_budget=12).save_pretrained(pair)
+    D2SDAssistant.from_drafters(drafter, copy.deepcopy(drafter), tree_budget=12).bfloat16().save_pretrained(pair)
     settings = CalibrateOptions(pair, str(target), data, held_out=10, dtype="float32", plot=tmp_path / "plot.png")
     result = calibrate(settings)
     for role, base in (("first", None), ("second", 0.9)):
@@ -173,6 +173,8 @@ def test_a_pairs_drafters_are_calibrated_as_each_one_alone(target, data, first, 
     stored = [model.config.confidence_temperatures for model in loaded.drafters]
     assert stored == [result[role]["temperatures"] for role in ("first", "second")]
     assert loaded.config.tree_budget == 12
+    for folder in (alone, pair):
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"  # that of the weights
 
 
 def test_nothing_is_stored_where_nothing_helps_and_what_was_there_goes(target, data, first, tmp_path, monkeypatch):  # noqa: F811

@@ -19,7 +19,7 @@ from transformers.utils.logging import tqdm
 
 from ..binding import bind
 from ..checks import refuse_missing_packages, refuse_unknown_dtype, refuse_unwritable_file
-from ..modeling import D2SDAssistant, D2SDDrafterModel
+from ..modeling import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel
 from ..pairs import is_pair, refuse_missing_folder
 from .blocks import NO_LABEL, cut_blocks, draw_anchors, draw_prefix_lengths
 from .drafters import Trainee
@@ -120,27 +120,29 @@ def calibrate(options: CalibrateOptions) -> dict:
     pair = model if paired else D2SDAssistant.from_drafters(model)
     bind(pair.requires_grad_(False), target, AutoTokenizer.from_pretrained(options.target))
     random.Random(options.seed).shuffle(rows)
+    config = model.config_class.from_pretrained(options.drafter)  # as it stands there, the weights' dtype included
     if not paired:
-        return _calibrate(model, target, rows, options, model.config)
+        return _calibrate(model, target, rows, options, config, config)
     of_second = replace(options, prefix_base=_PREFIX_BASE if options.prefix_base is None else options.prefix_base)
     each = {"first": replace(options, prefix_base=None), "second": of_second}
     return {
-        role: _calibrate(drafter, target, rows, its if options.plot is None else _own_plot(its, role), pair.config)
+        role: _calibrate(drafter, target, rows, _own_plot(its, role), getattr(config, role), config)
         for drafter, (role, its) in zip(pair.drafters, each.items())
     }
 
 
 def _own_plot(options: CalibrateOptions, role: str) -> CalibrateOptions:
-    assert options.plot is not None
+    if options.plot is None:
+        return options
     return replace(options, plot=options.plot.with_name(f"{options.plot.stem}-{role}{options.plot.suffix}"))
 
 
-def _calibrate(model: D2SDDrafterModel, target, rows: list[Row], options: CalibrateOptions, config) -> dict:
-    """One drafter, whose temperatures go into a `config`, its own or its pair's, in the options' folder."""
+def _calibrate(model: D2SDDrafterModel, target, rows: list[Row], options: CalibrateOptions, own, whole) -> dict:
+    """One drafter, whose temperatures go into its `own` config, a part of the `whole` one in the options' folder."""
     to_fit, to_measure = (gather(model, target, half, options) for half in (rows[::2], rows[1::2]))
     result = choose(to_fit, to_measure, model.config.block_size)
-    if _note(model, result["temperatures"], options.drafter):
-        config.save_pretrained(options.drafter)
+    if _note(own, result["temperatures"], options.drafter):
+        whole.save_pretrained(options.drafter)
     if options.plot is not None:
         draw(result["before"], result["after"], options.plot)
     return {**result, "stored": result["temperatures"] is not None}
@@ -165,17 +167,17 @@ def choose(to_fit: Evidence, to_measure: Evidence, block_size: int) -> dict:
     }
 
 
-def _note(model: D2SDDrafterModel, temperatures: list[float] | None, folder: Path) -> bool:
+def _note(config: D2SDDrafterConfig, temperatures: list[float] | None, folder: Path) -> bool:
     """Put the temperatures, or none, in the place of those of another run; whether that changes the config."""
     if temperatures is None:
-        removed = model.config.confidence_temperatures is not None
+        removed = config.confidence_temperatures is not None
         logger.warning(
             "No temperature helps on rows that it was not fitted on: nothing is stored"
             + (f", and the temperatures that {folder} had are removed." if removed else ".")
         )
         if not removed:
             return False
-    model.config.confidence_temperatures = temperatures
+    config.confidence_temperatures = temperatures
     return True
 
 
