@@ -151,4 +151,4 @@ class TestTheShippedCard:
             table = page.read_text().split("| strategy | GSM8K | HumanEval | Spec-Bench | mean | nodes a pass |\n")[1]
             return [line.split("|")[2:-1] for line in table.split("\n\n")[0].splitlines()]
 
-        assert len(figures(ROOT / page)) == 8 and figures(ROOT / page) == figures(SHIPPED / "README.md")
+        assert len(figures(ROOT / page)) == 7 and figures(ROOT / page) == figures(SHIPPED / "README.md")
