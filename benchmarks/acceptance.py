@@ -35,9 +35,10 @@ from transformers import GenerationConfig
 
 import hf_d2sd
 from hf_d2sd import records, vocabulary
-from hf_d2sd.benchmark.replaying import Text, oracle, replay
+from hf_d2sd.benchmark.replaying import Text, follow, replay
 from hf_d2sd.benchmark.strategies import Models, all_strategies, find_strategy
 from hf_d2sd.checks import refuse_unknown_dtype, refuse_unwritable_file
+from hf_d2sd.decoding import decode
 from hf_d2sd.options import settle
 from hf_d2sd.training.features import compute_features
 from hf_d2sd.training.shards import Row
@@ -135,7 +136,7 @@ def measure(args) -> None:
             arguments = generate_arguments(args, models, *strategy)
             if args.replay:
                 texts = texts or known_texts(args, target, inputs, prompts)
-                counts = replayed(oracle if name.startswith("oracle") else replay, args, target, texts, arguments)
+                counts = replayed(follow if name.startswith("oracle") else decode, args, target, texts, arguments)
             else:
                 counts = decoded(args, target, inputs, arguments)
             records.append(path, {"file": file, "task": task, "keys": keys, "strategy": name, **counts})
@@ -172,13 +173,13 @@ def known_texts(args, target, inputs: dict, prompts: list[list[int]]) -> list[Te
     return known
 
 
-def replayed(decode, args, target, texts: list[Text], arguments: dict) -> dict:
+def replayed(loop, args, target, texts: list[Text], arguments: dict) -> dict:
     """Tokens, passes and nodes, had the texts been decoded so."""
     arguments = dict(arguments)
     assistant = arguments.pop("assistant_model")
     options = settle(assistant, GenerationConfig(**arguments))
     end = target.generation_config.eos_token_id
-    return dataclasses.asdict(decode(assistant, target, texts, options, args.max_new_tokens, [end]))
+    return dataclasses.asdict(replay(assistant, target, texts, options, args.max_new_tokens, [end], loop))
 
 
 def settings(args) -> dict:

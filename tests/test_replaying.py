@@ -6,7 +6,8 @@ from tiny import prompt, tiny_drafter, tiny_target
 from transformers import GenerationConfig
 
 from hf_d2sd import D2SDAssistant
-from hf_d2sd.benchmark.replaying import Text, oracle, replay
+from hf_d2sd.benchmark.replaying import Text, follow, replay
+from hf_d2sd.decoding import decode
 from hf_d2sd.options import settle
 from hf_d2sd.training.features import compute_features
 from hf_d2sd.training.shards import Row
@@ -50,13 +51,13 @@ def test_a_replay_counts_what_real_decoding_does(width, branches, budget):
 class TestOracle:
     """Trees that follow the text for as long as the drafts' candidates do."""
 
-    def counted(self, width: int, run=oracle, heads: bool = True, **options) -> tuple[int, int]:
+    def counted(self, width: int, loop=follow, heads: bool = True, **options) -> tuple[int, int]:
         target, assistant = tiny_target(), pair() if heads else D2SDAssistant.from_drafters(tiny_drafter(5))
         ids = prompt(9, 0)
         out = target.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=EOS, pad_token_id=EOS)
         asked = {"tree_width": width, "num_branches": 0, "tree_budget": 1000, "context": 0, **options}
         settled = settle(assistant, GenerationConfig(**{f"d2sd_{name}": value for name, value in asked.items()}))
-        counts = run(assistant, target, [known(target, ids[0], out[0, 9:])], settled, 24, [EOS])
+        counts = replay(assistant, target, [known(target, ids[0], out[0, 9:])], settled, 24, [EOS], loop)
         assert counts.tokens == len(out[0]) - 9 - 1
         return counts.tokens, counts.passes
 
@@ -65,9 +66,9 @@ class TestOracle:
         assert passes == -(-tokens // 5)
 
     def test_of_one_candidate_a_slot_it_is_the_chain(self):
-        assert self.counted(2, heads=False) <= self.counted(1, heads=False) == self.counted(1, replay, heads=False)
+        assert self.counted(2, heads=False) <= self.counted(1, heads=False) == self.counted(1, decode, heads=False)
 
     @pytest.mark.parametrize("branches", [0, 3])
     def test_no_tree_of_the_same_candidates_gets_further(self, branches):
         best = self.counted(6, num_branches=branches)
-        assert all(self.counted(6, replay, num_branches=branches, tree_budget=n) >= best for n in (4, 12, 60))
+        assert all(self.counted(6, decode, num_branches=branches, tree_budget=n) >= best for n in (4, 12, 60))

@@ -4,7 +4,7 @@ The target's greedy text decides what a cycle accepts, and its hidden states are
 both at hand, from one forward over the whole text, the engine's own loop runs with everything real but the target.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -117,61 +117,15 @@ def replay(
     options: DecodingOptions,
     max_new_tokens: int,
     eos_token_id: list[int],
+    loop: Callable[[Batch, Iterable[KnownPass], Counts], None] = decode,
 ) -> Counts:
     """Decode known texts side by side.
 
     Args:
         target: whose embedding and LM head the drafters call.
         texts: greedy ones, of at most `max_new_tokens` new tokens.
+        loop: the engine's own, or `follow`.
     """
-    batch, counts = _batch(assistant, target, texts, options, max_new_tokens, eos_token_id), Counts()
-    decode(batch, [batch.target.prompts()], counts)
-    return counts
-
-
-@torch.inference_mode()
-def oracle(
-    assistant: D2SDAssistant,
-    target: nn.Module,
-    texts: Sequence[Text],
-    options: DecodingOptions,
-    max_new_tokens: int,
-    eos_token_id: list[int],
-) -> Counts:
-    """As `replay` with a wide tree that is always the text's own path, as far as the drafts' candidates have it.
-
-    No tree of any size that is chosen among these candidates gets further.
-    """
-    batch, counts = _batch(assistant, target, texts, options, max_new_tokens, eos_token_id), Counts()
-    step, anchors = batch.begin([batch.target.prompts()])
-    anchors = batch.leave(anchors)
-    while anchors:
-        state = batch.state(anchors)
-        drafts = wide_drafts(state)
-        truth = batch.target.following(torch.arange(drafts.depth).expand(len(anchors), -1))
-        tree = state.tree(expand(_only(truth, drafts), drafts.depth + 1), fixed_size=False)
-        step = batch.target.verify(tree)
-        accepted = batch.accept(tree, step)
-        batch.commit(step, accepted)
-        counts.see(batch, tree, step, accepted)
-        anchors = batch.leave(accepted.anchors(anchors))
-    return counts
-
-
-def _only(truth: Tensor, drafts: Draft) -> Draft:
-    """The drafts, sure of the tokens `truth` (B, D) and of no other."""
-    log_probs = torch.where(drafts.tokens == truth[:, None, :, None], 0.0, -torch.inf)
-    return replace(drafts, log_probs=log_probs, transitions=None)
-
-
-def _batch(
-    assistant: D2SDAssistant,
-    target: nn.Module,
-    texts: Sequence[Text],
-    options: DecodingOptions,
-    max_new_tokens: int,
-    eos_token_id: list[int],
-) -> Batch:
     width = max(text.prompt_length for text in texts)
     criteria = StoppingCriteriaList(
         [MaxLengthCriteria(width + max_new_tokens), EosTokenCriteria(torch.tensor(eos_token_id))]
@@ -182,4 +136,31 @@ def _batch(
     context = None
     if options.context_nodes:
         context = ContextSource(text.tokens[: text.prompt_length].tolist() for text in texts)
-    return Batch(KnownTarget(texts), drafters, choosers, options, context=context)
+    known, counts = KnownTarget(texts), Counts()
+    loop(Batch(known, drafters, choosers, options, context=context), [known.prompts()], counts)
+    return counts
+
+
+def follow(batch: Batch, prompt_passes: Iterable[KnownPass], counts: Counts) -> None:
+    """As `decode`, with a wide tree that is always the text's own path, as far as the drafts' candidates have it.
+
+    No tree of any size that is chosen among these candidates gets further.
+    """
+    _, anchors = batch.begin(prompt_passes)
+    anchors = batch.leave(anchors)
+    while anchors:
+        state = batch.state(anchors)
+        drafts = wide_drafts(state)
+        truth = batch.target.following(torch.arange(drafts.depth).expand(len(anchors), -1))
+        tree = state.tree(expand(_only(truth, drafts), drafts.depth + 1))
+        step = batch.target.verify(tree)
+        accepted = batch.accept(tree, step)
+        batch.commit(step, accepted)
+        counts.see(batch, tree, step, accepted)
+        anchors = batch.leave(accepted.anchors(anchors))
+
+
+def _only(truth: Tensor, drafts: Draft) -> Draft:
+    """The drafts, sure of the tokens `truth` (B, D) and of no other."""
+    log_probs = torch.where(drafts.tokens == truth[:, None, :, None], 0.0, -torch.inf)
+    return replace(drafts, log_probs=log_probs, transitions=None)
