@@ -140,7 +140,7 @@ class Chooser:
             grown = self._sequence.new_empty(1, 2 * self.length)
             grown[:, : self.length] = self._sequence
             self._sequence = grown
-        self._sequence[0, self.length] = token
+        self._sequence[:, self.length].fill_(token)  # no tensor of the host
         self.length += 1
 
     def _ends(self, token: int) -> bool:
