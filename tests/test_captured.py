@@ -102,6 +102,18 @@ def test_a_cycle_reads_nothing_and_brings_nothing_to_another_device(name, monkey
     assert [tensor.shape for tensor in after.tensors()] == [tensor.shape for tensor in recorded.state.tensors()]
 
 
+@torch.no_grad()
+def test_a_row_that_has_ended_gains_nothing_more():
+    """Else it would outgrow the buffers while others go on."""
+    recorded, _ = captured(rows=3)
+    before = recorded.state
+    before.alive[1] = False
+    after = recorded.cycle(before)
+    assert after.gained[1] == before.gained[1] and after.counts[1] == 0
+    assert after.anchors[1] == before.anchors[1] and not after.alive[1]
+    assert (after.gained[[0, 2]] > before.gained[[0, 2]]).all()
+
+
 @pytest.mark.parametrize("changes", [HEADS, dict(draft_vocab_size=len(PRUNED)), {**HEADS, "tree_width": 3}])
 @torch.no_grad()
 def test_nor_does_it_with_path_heads_and_pruned_vocabularies(changes):
