@@ -288,8 +288,7 @@ def join(drafted: Candidates, proposed: Candidates) -> Candidates:
 def _either(one: Tensor, other: Tensor) -> Tensor:
     """What two sources say of a node, each (B, M) given its parent, 0 where one says nothing.
 
-    Sources that agree are right more often than the surer of them is alone: with this, trees of 16 nodes gave 4.82
-    tokens a pass over 33 prompts, with the greater of both 4.80.
+    Sources that agree are right more often than the surer of them is alone.
     """
     return 1 - (1 - one) * (1 - other)
 
