@@ -52,8 +52,10 @@ ROWS = {
     "wide tree, first drafter alone": "ddtree",
     "wide tree, first drafter reused": "reuse:width={width},budget={nodes}",
     "wide tree, D²SD": "d2sd-wide",
+    "wide tree, D²SD, a third level": "d2sd-wide:levels=3",
     "the text so far alone": "context",
     "wide tree, D²SD and the text so far": "d2sd-context",
+    "wide tree, D²SD, a third level and the text so far": "d2sd-context:levels=3",
 }
 SIZED = [row for row in ROWS if row.startswith("wide")]
 

@@ -22,6 +22,7 @@ POLICIES = {
     "levels": dict(d2sd_levels=3),
     "samples": dict(d2sd_branch_source="samples"),
     "wide": dict(d2sd_tree_width=3, d2sd_tree_budget=14, d2sd_context=0),
+    "wide, levels": dict(d2sd_tree_width=3, d2sd_tree_budget=14, d2sd_num_branches=2, d2sd_levels=3, d2sd_context=0),
     "wide, first alone": dict(d2sd_tree_width=3, d2sd_tree_budget=14, d2sd_num_branches=0, d2sd_context=0),
     "chain": dict(d2sd_num_branches=0),
     "plain": dict(d2sd_tree_budget=1),

@@ -112,6 +112,30 @@ def test_the_likeliest_paths_are_those_of_the_first_draft_alone():
         assert sorted(found) == sorted(best)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_the_next_levels_paths_are_the_likeliest_by_all_drafts_that_none_has_gone_on_from(seed):
+    guesses = random_guesses(seed, rows=2, drafts=4, depth=4, width=3)
+    first = draft_of(guesses.tokens[:, :1], guesses.log_probs[:, :1])
+    before = likeliest_prefixes(ANCHORS, first, count=3, longest=3)
+    paths = likeliest_prefixes(ANCHORS, after(guesses, before), count=4, longest=3)
+    for row in range(2):
+        named, found = (
+            [tuple(t[:n]) for t, n in zip(prefixes.best[row].tolist(), prefixes.kept[row].tolist())]
+            for prefixes in (before, paths)
+        )
+        every = all_paths(guesses, row, named, max_depth=3)
+        best = sorted(set(every) - set(named), key=every.get, reverse=True)[:4]
+        assert sorted(found) == sorted(best)
+
+
+def test_where_no_path_is_left_a_prefix_is_empty():
+    guesses = random_guesses(0, rows=2, drafts=3, depth=1, width=2)
+    first = draft_of(guesses.tokens[:, :1], guesses.log_probs[:, :1])
+    before = likeliest_prefixes(ANCHORS, first, count=2, longest=1)
+    paths = likeliest_prefixes(ANCHORS, after(guesses, before), count=2, longest=1)
+    assert before.kept.tolist() == [[1, 1]] * 2 and paths.kept.tolist() == [[0, 0]] * 2
+
+
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("width", [1, 2, 3])
 @pytest.mark.parametrize("budget", [2, 4, 9, 99])

@@ -83,15 +83,47 @@ def test_a_third_level_goes_on_where_a_re_draft_ends(monkeypatch):
     assert max(shown_right) == 3
 
 
-def test_sampling_with_a_seed_gives_plain_generates_text():
+@pytest.mark.parametrize("wide", [False, True])
+def test_sampling_with_a_seed_gives_plain_generates_text(wide):
     target, assistant = tiny_target(), tiny_assistant(4, 6)
     options = dict(do_sample=True, temperature=0.8, max_new_tokens=NEW)
+    shape = dict(d2sd_tree_width=3, d2sd_tree_budget=12) if wide else {}
     for seed in range(10):
         torch.manual_seed(seed)
         plain = target.generate(prompt(), **options)
         torch.manual_seed(seed)
-        ours = target.generate(prompt(), assistant_model=assistant, d2sd_levels=3, **options)
+        ours = target.generate(prompt(), assistant_model=assistant, d2sd_levels=3, **shape, **options)
         assert ours.tolist() == plain.tolist()
+
+
+def test_levels_of_a_wide_tree_draft_after_other_paths_each_time(monkeypatch):
+    """A second drafter whose best token is right only right after what it is shown: each level adds a token."""
+    plain, shown = run()[0], []
+
+    def right_for_one_more(drafter: Drafter, blocks: torch.Tensor, width: int) -> Draft:
+        start, mask = drafter.context.positions[0] + 1, drafter.model.config.mask_token_id
+        size = blocks.shape[2] - 1
+        truth = torch.nn.functional.pad(plain[start : start + size], (0, size), value=2)[:size]
+        visible = (blocks[..., 1:] != mask).sum(-1, keepdim=True)  # (1, K, 1)
+        shown.append([tuple(block[1 : 1 + n]) for block, n in zip(blocks[0].tolist(), visible[0, :, 0].tolist())])
+        right = torch.arange(size) <= visible
+        tokens = torch.where(right, truth, torch.where(truth == 3, 4, 3))
+        other = torch.where(tokens == 5, 6, 5)
+        sure = torch.where(right, 0.8, 0.3)
+        both = torch.stack([tokens, other], -1), torch.stack([sure, 0.1 * sure], -1)
+        return Draft(both[0], both[1], both[1].log(), blocks.new_zeros(blocks.shape[:2]))
+
+    monkeypatch.setattr(Drafter, "_denoise", right_for_one_more)
+    assistant, alpha = tiny_assistant(6), {}
+    shape = dict(d2sd_num_branches=2, d2sd_tree_width=2, d2sd_tree_budget=64, d2sd_context=0)
+    for levels in (2, 3, 4):
+        shown.clear()
+        out = run(assistant_model=assistant, d2sd_levels=levels, **shape)
+        assert out[0].tolist() == plain.tolist()
+        alpha[levels] = assistant.last_stats.committed_per_cycle[0]
+        cycle = [prefix for prefixes in shown[1:levels] for prefix in prefixes]
+        assert len(set(cycle)) == len(cycle) == 2 * (levels - 1)
+    assert alpha[2] < alpha[3] < alpha[4]
 
 
 def test_every_row_of_a_batch_equals_plain_generate():
@@ -108,7 +140,6 @@ def test_every_row_of_a_batch_equals_plain_generate():
     [
         (dict(d2sd_levels=1), "d2sd_levels is 1"),
         (dict(d2sd_levels=3, d2sd_num_branches=0), "d2sd_num_branches is 0"),
-        (dict(d2sd_levels=3, d2sd_tree_width=2, d2sd_tree_budget=8), "d2sd_tree_width is 2"),
         (dict(d2sd_levels=3, d2sd_branch_source="samples"), "'samples'"),
     ],
 )

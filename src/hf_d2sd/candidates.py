@@ -229,22 +229,38 @@ def count_nodes(budget: int, width: int, depth: int) -> int:
     return min(budget, nodes)
 
 
-def likeliest_prefixes(anchor: Tensor, first: Draft, count: int, longest: int, width: int | None = None) -> Draft:
-    """The K = `count` likeliest paths under the first draft alone, `longest` deep at most, to draft on from.
+def likeliest_prefixes(anchor: Tensor, drafts: Draft, count: int, longest: int, width: int | None = None) -> Draft:
+    """The K = `count` likeliest paths by all drafts, `longest` deep at most, to draft on from.
 
-    Where fewer exist, the rest are of length 0. Their probabilities play no part in what follows and are 1.
+    Those that a draft has gone on from already are left out. Where fewer exist, the rest are of length 0. Their
+    probabilities play no part in what follows and are 1.
     """
+    known = drafts.kept.shape[1] - 1
+    nodes = count + known  # so that enough are left, whichever are known
     depth = torch.full_like(anchor, longest)
-    candidates = expand(first, count + 1, width)
-    tree = CandidateTree.from_candidates(anchor, candidates, budget=count + 1, max_depth=depth, fixed_size=True)
-    node = torch.arange(1, len(tree), device=anchor.device).expand(len(anchor), -1)  # (B, K)
-    tokens = anchor.new_zeros(*node.shape, first.depth)
-    for _ in range(min(longest, first.depth)):
+    candidates = expand(drafts, nodes + 1, width)
+    tree = CandidateTree.from_candidates(anchor, candidates, budget=nodes + 1, max_depth=depth, fixed_size=True)
+    node = torch.arange(1, len(tree), device=anchor.device).expand(len(anchor), -1)  # (B, nodes)
+    tokens = anchor.new_zeros(*node.shape, drafts.depth)
+    for _ in range(min(longest, drafts.depth)):
         at = (tree.depths.gather(1, node) - 1)[..., None]  # -1 at the anchor
         token = torch.where(at >= 0, tree.tokens.gather(1, node)[..., None], tokens[..., :1])
         tokens = tokens.scatter(2, at.clamp(min=0), token)
         node = tree.parents.gather(1, node).clamp(min=0)
-    return Draft.of(tokens, torch.ones_like(tokens, dtype=first.confidence.dtype), tree.depths[:, 1:])
+    lengths, scores = tree.depths[:, 1:], tree.scores[:, 1:]
+    if known:
+        gone_on = _same_prefixes(tokens, lengths, drafts.best[:, 1:], drafts.kept[:, 1:])
+        best = torch.where(gone_on, -torch.inf, scores).topk(count, dim=1)
+        tokens = tokens.gather(1, best.indices[..., None].expand(-1, -1, drafts.depth))
+        lengths = torch.where(best.values > -torch.inf, lengths.gather(1, best.indices), 0)
+    return Draft.of(tokens, torch.ones_like(tokens, dtype=drafts.confidence.dtype), lengths)
+
+
+def _same_prefixes(tokens: Tensor, lengths: Tensor, others: Tensor, of_others: Tensor) -> Tensor:
+    """(B, M): whether the first `lengths` (B, M) of `tokens` (B, M, D) are those of any of `others` (B, R, D)."""
+    behind = torch.arange(tokens.shape[2], device=tokens.device) >= lengths[..., None, None]  # (B, M, 1, D)
+    same = (tokens[:, :, None] == others[:, None]) | behind
+    return (same.all(-1) & (lengths[..., None] == of_others[:, None])).any(-1)
 
 
 def join(drafted: Candidates, proposed: Candidates) -> Candidates:

@@ -141,13 +141,13 @@ def context(state: State) -> CandidateTree:
 
 
 def wide_drafts(state: State) -> Draft:
-    """What a wide tree is chosen from: the second drafter re-drafts after the K likeliest paths of the first."""
+    """What a wide tree is chosen from: the second drafter goes on after the K likeliest paths; by levels, anew."""
     options, drafts = state.options, state.draft(state.options.tree_width)
-    if not options.redrafts:
-        return drafts
     longest = options.second_block_size - 2  # a position is left to draft
-    prefixes = likeliest_prefixes(state.anchors, drafts, options.num_branches, longest, options.tree_width)
-    return drafts.followed_by(state.redraft(prefixes, options.tree_width))
+    for _ in range(options.levels - 1 if options.redrafts else 0):
+        prefixes = likeliest_prefixes(state.anchors, drafts, options.num_branches, longest, options.tree_width)
+        drafts = drafts.followed_by(state.redraft(prefixes, options.tree_width))
+    return drafts
 
 
 def auto(state: State) -> CandidateTree:

@@ -72,7 +72,7 @@ class DecodingOptions:
     drafts: bool = True  # whether there is a drafter; without one the text so far is the only source
     levels: int = option(
         "drafts one after the other: from 3 on the second drafter goes on after its own re-drafts (the paper's third "
-        "level). Width 1 and K > 0 only",
+        "level), in wide trees after the K likeliest paths by all drafts before. K > 0 only",
         default=2,
         least=2,
         key="levels",
@@ -135,11 +135,10 @@ class DecodingOptions:
         self._check_auto()
         self._check_width()
         self._check_context()
-        if self.levels > 2 and (self.tree_width > 1 or not self.redrafts):
+        if self.levels > 2 and not self.redrafts:
             raise ValueError(
-                f"d2sd_levels is {self.levels}: a level more is for re-drafts of the second drafter in trees of width "
-                f"1; here d2sd_num_branches is {self.num_branches}, d2sd_branch_source is {self.branch_source!r} and "
-                f"d2sd_tree_width is {self.tree_width}."
+                f"d2sd_levels is {self.levels}: a level more is for re-drafts of the second drafter; here "
+                f"d2sd_num_branches is {self.num_branches} and d2sd_branch_source is {self.branch_source!r}."
             )
 
     def _check_width(self) -> None:
