@@ -361,7 +361,9 @@ def for_few_tokens(model):
     """
     if not isinstance(model, nn.Module) or getattr(model, "_is_stateful", False):
         return model
-    if getattr(model, "is_quantized", False) or any(p.device.type != "cpu" for p in itertools.islice(model.parameters(), 1)):
+    if getattr(model, "is_quantized", False) or any(
+        p.device.type != "cpu" for p in itertools.islice(model.parameters(), 1)
+    ):
         return model
     try:
         return _twin(model, {})
