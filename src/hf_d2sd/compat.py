@@ -339,7 +339,7 @@ def has_adapters(model) -> bool:
     return any(hasattr(module, "base_layer") for module in model.modules())
 
 
-# Passes over a few tokens ---------------------------------------------------------------------------------------------
+# Passes over a few tokens --------------------------------------------------------------------------------------------
 
 
 class _FewRows(nn.Linear):

@@ -3,7 +3,7 @@
 Libraries of products are made for many rows, or one. For the rows of a tree the same product written the other way
 around, weight times rows, may take a third of the time; and without units for bfloat16 a weight that is converted slab
 by slab, in the processor's cache, less than a kernel that emulates them. Which way wins follows from the machine, the
-shape and the threads: a shape's first products take the ways in turn and are timed, which asks for no work beside them.
+shape and the threads: a shape's first products take the ways in turn and are timed, which asks for no other work.
 A module of its own because targets' layers, drafters' layers and heads share it, and it knows nothing of any of them.
 """
 
@@ -45,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _has_ways(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether there is anything to choose: plain, dense tensors on a CPU, few rows, and nobody who follows the call."""
+    """Whether there is a choice: plain, dense tensors on a CPU, few rows, and nobody who follows the call."""
     dtype = x.dtype
     if not (x.is_cpu and weight.is_cpu and dtype in _WAYS and weight.dtype is dtype):
         return False
@@ -77,7 +77,7 @@ def _learns(tensor: Tensor | None) -> bool:
 
 
 class Choice:
-    """The ways of one shape: in turn as long as they are timed, then the fastest. Threads may time more than needed."""
+    """The ways of one shape: in turn while they are timed, then the fastest. Threads may time more than needed."""
 
     def __init__(self, ways: tuple[Way, ...]):
         self.times: list[tuple[Way, list[float]]] = [(way, []) for way in ways]  # seconds
