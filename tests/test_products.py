@@ -81,7 +81,8 @@ def test_rows_that_are_no_contiguous_tensor(turned):
 
 
 def test_the_way_with_the_least_minimum_is_taken_and_then_nothing_is_timed(monkeypatch):
-    clock = Clock(monkeypatch, 3.0, 4.0, 1.0)
+    monkeypatch.setitem(products._WAYS, torch.bfloat16, (stock, products._turned, products._converted))
+    clock = Clock(monkeypatch, 1e-4, 4e-4, 3e-4)  # the last way is tried first
     x, weight = torch.randn(5, 176).bfloat16(), weight_of(dtype=torch.bfloat16)
     for _ in range(3 * products._SAMPLES):
         products.linear(x, weight)
@@ -95,11 +96,18 @@ def test_the_way_with_the_least_minimum_is_taken_and_then_nothing_is_timed(monke
 
 @pytest.mark.parametrize("other, best", [(0.97, stock), (0.9, products._turned)])
 def test_stock_is_taken_unless_another_is_clearly_faster(other, best, monkeypatch):
-    Clock(monkeypatch, 1.0, other)
+    Clock(monkeypatch, other * 1e-4, 1e-4)
     x, weight = torch.randn(5, 176), weight_of()
     for _ in range(2 * products._SAMPLES):
         products.linear(x, weight)
     assert [choice.best for choice in products._choices.values()] == [best]
+
+
+def test_long_products_are_timed_once_each(monkeypatch):
+    clock = Clock(monkeypatch, 0.02, 0.03)
+    for _ in range(3):
+        products.linear(torch.randn(5, 176), weight_of())
+    assert [choice.best for choice in products._choices.values()] == [products._turned] and clock.asked == 4
 
 
 def test_shapes_sizes_and_threads_are_measured_apart():

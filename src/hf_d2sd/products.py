@@ -18,7 +18,7 @@ _SIZES = (4, 8, 16, 32, MOST_ROWS)  # what rows are filled up to: numbers in bet
 _SIZE_OF = [next(size for size in _SIZES if size >= rows) for rows in range(MOST_ROWS + 1)]
 _LEAST_WEIGHT = 2**15  # numbers in a weight, below which calls cost more than the product
 _SLAB = 2**20  # numbers of a weight that are converted at a time: 4 MiB, which stay in the processor's cache
-_SAMPLES = 4  # timed products of each way
+_SAMPLES, _ENOUGH = 4, 5e-3  # timed products of each way, or fewer that take so many seconds
 _GAIN = 0.95  # of the stock way's time: what another has to be below
 
 clock = time.perf_counter
@@ -86,11 +86,12 @@ class Choice:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.best is not None:
             return self.best(x, weight, bias)
-        way, times = min(self.times, key=lambda one: len(one[1]))
+        # Others before stock: what first passes cost shall say what later ones will.
+        way, times = min(reversed(self.times), key=lambda one: len(one[1]))
         start = clock()
         product = way(x, weight, bias)
         times.append(clock() - start)
-        if all(len(times) >= _SAMPLES for _, times in self.times):
+        if all(len(times) >= _SAMPLES or sum(times) >= _ENOUGH for _, times in self.times):
             self.best = self.fastest()
         return product
 
@@ -123,8 +124,8 @@ def _converted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 _WAYS: dict[torch.dtype, tuple[Way, ...]] = {
     torch.float32: (nn.functional.linear, _turned),
-    torch.bfloat16: (nn.functional.linear, _turned, _converted),
-    torch.float16: (nn.functional.linear, _turned, _converted),
+    torch.bfloat16: (nn.functional.linear, _converted),
+    torch.float16: (nn.functional.linear, _converted),
 }
 
 
