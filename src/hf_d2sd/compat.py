@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -42,6 +43,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils import output_capturing
 
 from .modeling import CACHE_NAME
+from .products import linear
 
 # The dispatch --------------------------------------------------------------------------------------------------------
 
@@ -335,6 +337,90 @@ def is_quantized(model) -> bool:
 def has_adapters(model) -> bool:
     """Whether some module stands around another whose outputs it changes, LoRA's say: which do, may change."""
     return any(hasattr(module, "base_layer") for module in model.modules())
+
+
+# Passes over a few tokens --------------------------------------------------------------------------------------------
+
+
+class _FewRows(nn.Linear):
+    """A linear layer by the fastest product for few rows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def for_few_tokens(model):
+    """What gives a model's outputs, faster where a pass over a few tokens can be: a twin of the same weights.
+
+    Of the model nothing changes. Its twin has modules of its own where some plain linear layer on a CPU stands below,
+    with the same dictionaries of parameters and buffers: weights that are changed later change in both. What else is
+    set on a module later is not followed, so that a twin is for one call.
+
+    Returns:
+        The model itself where it has no such layer, or where someone follows or replaces calls of its modules.
+    """
+    if not isinstance(model, nn.Module) or getattr(model, "_is_stateful", False):
+        return model
+    if getattr(model, "is_quantized", False) or any(
+        p.device.type != "cpu" for p in itertools.islice(model.parameters(), 1)
+    ):
+        return model
+    try:
+        return _twin(model, {})
+    except _Followed:
+        return model
+
+
+class _Followed(Exception):
+    """Someone replaced a module's forward, or follows its calls, and would meet another module."""
+
+
+def _check_unfollowed(own: dict) -> None:
+    """Of a module's attributes. Hooks by which Transformers captures outputs are the same for any module."""
+    if "forward" in own or "_hf_hook" in own or own.get("_compiled_call_impl") is not None:
+        raise _Followed
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        for hook in (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()):
+            if getattr(hook, "__module__", None) != output_capturing.__name__:
+                raise _Followed
+
+
+def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module, or its twin if that differs anywhere; one that stands in several places has one twin."""
+    if module in made:
+        return made[module]
+    _check_unfollowed(vars(module))
+    twin = module
+    if type(module) is nn.Linear:
+        if type(module.weight) is nn.Parameter and type(module.weight.data) is Tensor and module.weight.is_cpu:
+            twin = _like(module, _FewRows)
+    else:
+        here = module._modules
+        below = {name: child if child is None else _twin(child, made) for name, child in here.items()}
+        if any(below[name] is not child for name, child in here.items()):
+            twin = _like(module, type(module))
+            vars(twin)["_modules"] = below
+    made[module] = twin
+    return twin
+
+
+def _like(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """The same attributes in another module, with room of its own for hooks: Transformers may add some."""
+    twin = object.__new__(kind)
+    own = vars(twin)
+    own.update(vars(module))
+    for name in _HOOKS:
+        own[name] = own[name].copy()
+    return twin
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 
 
 # Continuous batching -------------------------------------------------------------------------------------------------

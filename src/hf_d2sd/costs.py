@@ -158,8 +158,9 @@ class Curve:
         (least, at_least), (most, at_most) = points[0], points[-1]
         if least <= size <= most:
             return interpolated(points, size)
-        (end, known) = (most, at_most) if size > most else (least, at_least)
-        scale = known / max(interpolated(self.guess, end), 1e-9)  # as the guess goes on from there
+        if size > most:  # as much more as guessed: a first step may be steep, and what is tried is known from then on
+            return at_most + max(interpolated(self.guess, size) - interpolated(self.guess, most), 0.0)
+        scale = at_least / max(interpolated(self.guess, least), 1e-9)
         return max(scale * interpolated(self.guess, size), 0.0)
 
     def is_known(self, size: int) -> bool:

@@ -210,7 +210,7 @@ class CycleDrafter(Drafter):
     @classmethod
     def like(cls, drafter: Drafter, target, cache: CycleCache, backend: str | None) -> "CycleDrafter":
         twin = cls(drafter.model, target, CycleContext(cache), backend)
-        twin.words = CycleWords(twin.words)
+        twin.words, twin.run = CycleWords(twin.words), drafter.model  # the same for all calls, see `CycleTarget`
         return twin
 
     def sample(self, draft: Draft, prefixes: Draft) -> Draft:
@@ -234,6 +234,7 @@ class CycleTarget(Target):
     def __init__(self, target: Target, cache: CycleCache, nodes: int):
         self.__dict__.update(vars(target))
         self.cache, self.run, self._left = cache, target.model, None
+        self.few = target.model  # what is compiled, or recorded, is the same for all calls
         cache.place(torch.arange(cache.capacity, cache.capacity + nodes, device=self.device), cache.capacity + nodes)
 
     def begin(self, positions: Tensor, axes: Tensor | None, lengths: dict[str, Tensor]) -> None:

@@ -12,8 +12,9 @@ from . import paths
 from .attention import Nodes, TreeAttention
 from .cache import Place, TreeCache, per_row
 from .candidates import Draft
-from .compat import execution_device, without_embed_norm
+from .compat import execution_device, for_few_tokens, without_embed_norm
 from .modeling import D2SDDrafterModel
+from .products import linear
 from .target import TargetPass
 from .vocabulary import CallWords
 
@@ -34,7 +35,7 @@ class Drafter:
         self.model = model
         self.context = context if context is not None else DraftContext(TreeCache(model.config))
         self.device, self.dtype = execution_device(model.fc), model.fc.weight.dtype
-        self.run: Callable = model  # or compiled, for passes of a fixed shape
+        self.run: Callable = for_few_tokens(model)  # or compiled, for passes of a fixed shape
         self._embed = draft_embedding(model, target.get_input_embeddings())
         self._head = draft_head(model, target.get_output_embeddings())
         rows = head_rows(model, target.get_output_embeddings())
@@ -349,7 +350,7 @@ class PrunedHead:
     bias: Tensor | None  # (V',)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return nn.functional.linear(hidden.to(self.weight), self.weight, self.bias)
+        return linear(hidden.to(self.weight), self.weight, self.bias)
 
 
 def draft_embedding(model: D2SDDrafterModel, embed: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -390,7 +391,7 @@ def _target_head(model: D2SDDrafterModel, head: nn.Module) -> Callable[[Tensor],
     Of a plain linear head the rows are read; any other head, a quantized one say, is called on the unit vectors.
     """
     if model.config.draft_vocab_size is None:
-        return functools.partial(_call_where_it_is, head)
+        return functools.partial(_call_where_it_is, for_few_tokens(head))
     known: _KnownHead | None = getattr(model, "_pruned_head", None)
     plain = type(head) is nn.Linear and head.weight.device.type != "meta"
     if known is not None and known.head() is head:

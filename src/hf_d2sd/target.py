@@ -1,6 +1,7 @@
 """The target: prefill, one pass over a tree, and the cache that keeps the accepted path."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from .attention import Nodes, TreeAttention
 from .cache import Place, TreeCache, full_lengths, per_row
-from .compat import captured_layers, execution_device, forward, prompt_inputs, tree_inputs, with_logits_of
+from .compat import (
+    captured_layers,
+    execution_device,
+    for_few_tokens,
+    forward,
+    prompt_inputs,
+    tree_inputs,
+    with_logits_of,
+)
 from .recurrent import Chains, Pass, going_on, pass_over, watch
 from .tree import CandidateTree
 
@@ -190,8 +199,17 @@ class Target:
         positions = self._positions_at(tree.depths)
         inputs = tree_inputs(tree.tokens, positions, self.attention.as_argument(prepared), self.cache)
         with self.attention.active_at(prepared, positions, nodes, places):
-            logits, hidden_states = forward(self.run, inputs, self._capture)
+            logits, hidden_states = self._forward(inputs)
         return TargetPass(logits, hidden_states, None, nodes, places)
+
+    def _forward(self, inputs: dict) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """`forward` over a tree's nodes."""
+        return forward(self.few if self.run is self.model else self.run, inputs, self._capture)
+
+    @functools.cached_property
+    def few(self):
+        """The model for passes over a few tokens. Made once the prompt has run: by then Transformers' hooks stand."""
+        return for_few_tokens(self.model)
 
     @property
     def decodes_plainly(self) -> bool:
@@ -229,7 +247,7 @@ class Target:
         positions = positions.reshape(*positions.shape[:-2], rows * count, length)
         inputs = tree_inputs(chains.tokens.flatten(0, 1), positions, self.attention.as_argument(prepared), self.cache)
         with self.attention.active(prepared), pass_over(self.cache, chains) as here:
-            logits, hidden_states = forward(self.run, inputs, self._capture)
+            logits, hidden_states = self._forward(inputs)
             self.cache.count(rows, chains.tokens[0].numel(), self.device)
         gathered = tuple(layer if layer is None else chains.gather(layer) for layer in hidden_states)
         return TargetPass(chains.gather(logits), gathered, None, nodes, places, here)
