@@ -97,14 +97,18 @@ def test_it_is_the_default_unless_the_call_says_how_trees_are():
     assert options.auto and (options.num_branches, options.tree_budget, options.tree_width) == (4, 64, 8)
     for name, value in dict(num_branches=2, tree_budget=8, tree_width=1, levels=3, branch_source="samples").items():
         assert not settle(assistant, GenerationConfig(**{"d2sd_auto": None, f"d2sd_{name}": value})).auto
-    assert not settle(assistant, GenerationConfig(d2sd_auto=None, d2sd_compile=True)).auto
+    recorded = settle(assistant, GenerationConfig(d2sd_auto=None, d2sd_compile=True))
+    assert recorded.auto and [shape.redrafts for shape in recorded.shapes] == [False, False, True]
+    assert [shape.tree_size for shape in recorded.shapes] == [1, 4, 26] and not any(s.auto for s in recorded.shapes)
+    given = settle(assistant, GenerationConfig(d2sd_auto=None, d2sd_compile=True, d2sd_num_branches=2))
+    assert not given.auto and given.shapes == [given]
     fixed = settle(assistant, GenerationConfig(d2sd_auto=False))
     assert (fixed.auto, fixed.num_branches, fixed.tree_budget, fixed.tree_width) == (False, 4, None, 1)
     bounded = settle(assistant, GenerationConfig(d2sd_auto=True, d2sd_tree_budget=12, d2sd_num_branches=1))
     assert (bounded.auto, bounded.num_branches, bounded.tree_budget) == (True, 1, 12)
 
 
-@pytest.mark.parametrize("bad", [dict(d2sd_compile=True), dict(d2sd_levels=3), dict(d2sd_branch_source="samples")])
+@pytest.mark.parametrize("bad", [dict(d2sd_levels=3), dict(d2sd_branch_source="samples")])
 def test_what_fixes_the_shape_of_trees_does_not_go_with_it(bad):
     with pytest.raises(ValueError, match="d2sd_auto"):
         tiny_target().generate(prompt(5), assistant_model=tiny_assistant(), d2sd_auto=True, max_new_tokens=4, **bad)

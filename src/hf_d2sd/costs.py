@@ -20,6 +20,7 @@ import torch
 FIRST, SECOND, PASS, REST = "first", "second", "pass", "rest"
 PARTS = (FIRST, SECOND, PASS, REST)
 Part = tuple[str, int]  # name and size: of a second draft its K blocks, of a pass its nodes a row, else 1
+_PRIORS = {"gain": (0.5, 2.0), "cycle": (1.0, 1.0)}  # of yields: ratio and weight
 KEPT = 16  # measurements of a part that count: the latest
 ENOUGH = 4  # of them, from which on a cost is known rather than guessed
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of passes: few, so that each is measured often
@@ -222,7 +223,8 @@ class CostTable:
     since_plain: int = 0  # cycles
     cycles: int = 0
     # By kind of cycle, "first" or "both": accepted tokens to what their probabilities said. By "gain:K": what a second
-    # draft of K blocks adds, in tokens, to the probability that the text comes to its prefixes.
+    # draft of K blocks adds, in tokens, to the probability that the text comes to its prefixes. By "cycle:K", of
+    # recorded cycles: tokens to cycles.
     yields: dict[str, Tally] = field(default_factory=dict)
     trust: float = 0.0  # what drafting gained lately, in plain steps a cycle
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
@@ -273,7 +275,7 @@ class CostTable:
 
     def yielded(self, kind: str) -> Tally:
         with self.lock:
-            prior, weight = (1.0, 4.0) if not kind.startswith("gain") else (0.5, 2.0)
+            prior, weight = _PRIORS.get(kind.partition(":")[0], (1.0, 4.0))
             return self.yields.setdefault(kind, Tally(prior, weight))
 
     @property
@@ -388,6 +390,20 @@ def guess(place: Place, target, drafters: list) -> CostTable:
     first, second = (shares[0], shares[-1]) if shares else (0.0, 0.0)
     block = drafters[0].config.block_size if drafters else 1
     return CostTable.guessed(weight, weight, first, second, place.rows, block)
+
+
+def of_whole_cycles(parts: CostTable, shapes: list[tuple[int, int]]) -> CostTable:
+    """What recorded cycles may cost, which are timed as a whole: each as a pass over as many nodes as its tree has.
+
+    Args:
+        parts: what their parts may cost; shapes: nodes and branches of each, the plain step first.
+    """
+    points = [(1, 1.0)]
+    for nodes, branches in shapes[1:]:
+        second = [(SECOND, branches)] if branches else []
+        points.append((max(nodes, points[-1][0] + 1), parts.of((FIRST, 1), *second, (PASS, nodes))))
+    nothing = {name: Curve([(1, 0.0)]) for name in PARTS}
+    return CostTable({**nothing, PASS: Curve(points)})
 
 
 _opening = threading.Lock()
