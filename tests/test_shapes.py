@@ -4,12 +4,13 @@ import random
 
 import pytest
 import torch
-from recorded import Truth, decode, new_pair, recorded_of, without_cuda
+from recorded import NoHost, Truth, decode, new_pair, recorded_of, without_cuda
 from test_auto import Ticking
 from test_batch import ends_of, pad, prompts
-from test_captured import assert_same_cache, plain_texts
+from test_captured import assert_same_cache, captured, copies, plain_texts
 from tiny import prompt
 
+from hf_d2sd import graphs
 from hf_d2sd.costs import PASS, REST
 from hf_d2sd.modeling import CACHE_NAME
 from hf_d2sd.paying import ShapePace
@@ -21,7 +22,8 @@ def any_shape(monkeypatch):
     chance = random.Random(5)
 
     def choose(pace, allowed):
-        pace.last = pace.last if getattr(pace, "last", 0) in allowed and chance.random() < 0.7 else chance.choice(allowed)
+        last = getattr(pace, "last", 0)
+        pace.last = last if last in allowed and chance.random() < 0.5 else chance.choice(allowed)
         return pace.last, "by chance"
 
     monkeypatch.setattr(ShapePace, "_choose", choose)
@@ -39,11 +41,11 @@ def recorded_pair(**changes):
 def test_whatever_shapes_are_chosen_the_text_is_plain_decodings(family, options, ahead, any_shape, monkeypatch):
     if ahead == "late":
         without_cuda(monkeypatch)
-    text = plain_texts(family, [prompt(9)[0]], new=70)
+    text = plain_texts(family, [prompt(9)[0]], new=110)
     Truth(monkeypatch, text, accuracy=0.9)
     pair = recorded_pair()
     for _ in range(2):
-        assert decode(pair, prompt(9), family, 70, d2sd_auto=True, **options).tolist() == text
+        assert decode(pair, prompt(9), family, 110, d2sd_auto=True, **options).tolist() == text
         kinds = pair.last_stats.decisions.kinds
         assert min(kinds[kind] for kind in ("plain", "first", "both")) > 1, kinds
         assert kinds.total() == pair.last_stats.cycles - 1, "the first reads the prompt and is not chosen"
@@ -94,6 +96,21 @@ def test_a_drafter_reads_on_before_it_has_no_room_to_listen(monkeypatch):
     assert decode(pair, prompt(9), new=150, d2sd_auto=True).tolist() == text
     assert least.count(2) >= 2 and least.count(0) > 100, least
     assert max(recorded_of(pair).state.counts).item() <= recorded_of(pair).state.waiting[0].shape[1]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.no_grad()
+def test_no_shape_asks_the_host_and_each_is_one_graph(rows):
+    torch._dynamo.reset()
+    recorded, _ = captured(rows=rows, d2sd_auto=True)
+    for cycle in recorded.cycles:
+        run = copies(recorded)
+        with NoHost("cpu"):
+            eager = run(cycle)
+        traced = torch.compile(graphs._with_own_code(cycle), fullgraph=True, backend="eager", dynamic=False)
+        for one, other in zip(run(traced), eager, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_sampled_texts_end_and_are_counted(any_shape):

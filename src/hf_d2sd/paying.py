@@ -346,14 +346,15 @@ class ShapePace:
         self._shared = [table.yielded(f"cycle:{branches}:{nodes}") for nodes, branches in shapes]
         self._yields = [tally.begun() for tally in self._shared]
         self._expected: list[float] = []  # costs of the cycles whose times are not known yet
+        self._reasons: list[str] = []  # of the cycles that were not read yet
         self._tries = 0
 
     def begin(self, least: int = 0) -> int:
         """A cycle begins: its shape, one of at least so many drafters."""
         shape, reason = self._choose(range(least, len(self.shapes)))
-        self.decisions.reasons[reason] += 1
-        self.watch.start()
+        self._reasons.append(reason)
         self._expected.append(self._cost(shape))
+        self.watch.start()
         self._mark = PASS, self.shapes[shape][0]
         return shape
 
@@ -377,6 +378,7 @@ class ShapePace:
         decisions.kinds[(PLAIN, ONLY_FIRST, BOTH)[shape]] += 1
         decisions.nodes[nodes] += 1
         decisions.branches[branches] += 1
+        decisions.reasons[self._reasons.pop(0)] += 1
         decisions.tokens += steps
         for seconds in self.watch.finished():
             decisions.predicted += self._expected.pop(0)
