@@ -74,6 +74,26 @@ def on_machine(monkeypatch):
     return use
 
 
+def by_chance(monkeypatch, seed: int) -> None:
+    """Let dice say, in each cycle, whether it drafts, with how many branches, and how many nodes are checked."""
+    dice = random.Random(seed)
+
+    def drafts(pace, reach, has_drafter):
+        pace._kind = dice.choice(["plain", "first"]) if has_drafter else "plain"
+        return pace._kind == "first"
+
+    def branches(pace, reach):
+        count = dice.choice([0, *pace._counts])
+        pace._kind = "both" if count else "first"
+        return count
+
+    def nodes(pace, reach):
+        return dice.choice([size for size in pace._sizes if size <= len(reach) + 1])
+
+    for function in (drafts, branches, nodes):
+        monkeypatch.setattr(Pace, function.__name__, function)
+
+
 def both(target, ids, assistant, **options):
     options = dict(do_sample=False, max_new_tokens=NEW, **options)
     plain = target.generate(ids, **options)
