@@ -344,10 +344,15 @@ def test_eight_threads_share_costs(long_text):
 
 
 @pytest.mark.slow
-def test_real_costs_are_predicted_within_fifteen_percent(long_text):
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("accuracy", [0.0, 0.95])
+def test_real_costs_are_predicted_within_fifteen_percent(threads, accuracy, long_text):
+    """By this machine's clock, in the middle one of seven calls: of one, what else the machine does may say more."""
     target, ids, sequence = long_text
-    assistant = fresh_pair()
-    for _ in range(4):
-        run(assistant, ids, target, sequence, 0.8, 200)
-    decisions = run(assistant, ids, target, sequence, 0.8, 200)
-    assert decisions.predicted == pytest.approx(decisions.measured, rel=0.15)
+    assistant, ratios = fresh_pair(), []
+    torch.set_num_threads(threads)
+    for _ in range(10):
+        decisions = run(assistant, ids, target, sequence, accuracy, 200)
+        ratios.append(decisions.predicted / decisions.measured)
+    assert next(iter(costs_of(assistant).tables.values())).cycles >= 64
+    assert sorted(ratios[3:])[3] == pytest.approx(1.0, abs=0.15), ratios

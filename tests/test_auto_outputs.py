@@ -105,7 +105,9 @@ def test_rows_with_seeds_of_their_own_are_sampled_as_alone(family, on_off):
         row[0] = first
     draws = PerRow({first: 17 * first for first in range(3, 7)})
     options = dict(do_sample=False, max_new_tokens=24, pad_token_id=0, suppress_tokens=[0], eos_token_id=[5])
-    alone = [target.generate(row[None], **options, logits_processor=[draws])[0, len(row) :].tolist() for row in prompts]
+    alone = [
+        target.generate(row[None], **options, logits_processor=[draws])[0, len(row) :].tolist() for row in prompts
+    ]
     width = max(map(len, prompts))
     ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in prompts])
     got = target.generate(

@@ -60,7 +60,9 @@ def test_a_ragged_batch_whose_rows_end_early(any_shape, monkeypatch):
     assert_same_cache(ours[CACHE_NAME], plain[CACHE_NAME], plain.sequences, pad(rows)["attention_mask"])
 
 
-@pytest.mark.parametrize("shapes", [[0] * 25, [1] * 6, [0, 1, 0, 0, 2, 0, 1, 1, 0, 2, 0]], ids=["plain", "first", "all"])
+@pytest.mark.parametrize(
+    "shapes", [[0] * 25, [1] * 6, [0, 1, 0, 0, 2, 0, 1, 1, 0, 2, 0]], ids=["plain", "first", "all"]
+)
 def test_drafters_that_listened_know_what_they_would_have_read(shapes, monkeypatch):
     """Keys and values of their contexts, once they have read on in a turn that is decoded as always."""
     contexts, text = {}, plain_texts("llama", [prompt(9)[0]], new=60)
@@ -115,7 +117,9 @@ def test_sampled_texts_end_and_are_counted(any_shape):
     assert out.shape[1] == 49 and pair.last_stats.new_tokens == 40
 
 
-@pytest.mark.parametrize("fixed", [dict(d2sd_num_branches=2), dict(d2sd_tree_budget=9), dict(d2sd_auto=False)], ids=str)
+@pytest.mark.parametrize(
+    "fixed", [dict(d2sd_num_branches=2), dict(d2sd_tree_budget=9), dict(d2sd_auto=False)], ids=str
+)
 def test_an_option_that_says_how_trees_are_leaves_one_shape(fixed, library_default):
     pair = recorded_pair()
     decode(pair, prompt(9), **fixed)

@@ -178,7 +178,7 @@ class Pace:
         if not table.is_measured:
             self._reason, self._measures = "measuring a plain step", True
             return False
-        self._measures = table.since_plain >= min(256, 16 * table.plain_steps)
+        self._measures = table.is_due
         if self._measures:
             self._reason = "measuring a plain step again"
             return False
@@ -391,7 +391,7 @@ class ShapePace:
             return self._best(allowed), "a drafter must read on"
         if not table.is_measured:
             return 0, "measuring a plain step"
-        if table.since_plain >= min(256, 16 * table.plain_steps):
+        if table.is_due:
             return 0, "measuring a plain step again"
         drafting = [shape for shape in allowed[1:] if purse.tries(self._cost(shape) - 1)]
         if not drafting:
