@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .captured import Compiled, FixedShapes, buffer_size, check_limit, compile_once
 from .compat import has_adapters, is_quantized, reads_logits_alone
+from .costs import Place, Stopwatch, costs_of, guess, of_whole_cycles
 from .cycles import (
     POLICIES,
     Choice,
@@ -25,7 +26,6 @@ from .cycles import (
 )
 from .decoding import Batch, Observer, cycle
 from .drafting import DraftContext
-from .costs import Place, Stopwatch, costs_of, guess, of_whole_cycles
 from .growing import plain, policy_of
 from .modeling import D2SDAssistant
 from .options import DecodingOptions
@@ -113,10 +113,10 @@ class Recorded:
         self.cycle = self.cycles[-1]
         blank = _blank_state(self.cycle, _slots_waiting(shapes))
         self._states, self._graphs = [], []
-        for cycle in self.cycles:
-            report = cycle(blank).report  # as it is: what is made once, and how large trees are
+        for one in self.cycles:
+            report = one(blank).report  # as it is: what is made once, and how large trees are
             state = replace(blank, report=torch.zeros_like(report))
-            function = cycle if compiler is None else compiler(_with_own_code(cycle))
+            function = one if compiler is None else compiler(_with_own_code(one))
             self._states.append(state)
             self._graphs.append(recorder(functools.partial(_run, function, state), batch.target.device))
         self.state, self.ahead = self._states[-1], self._graphs[-1].ahead
