@@ -6,6 +6,9 @@ A block drafter's marginals know nothing of the tokens before, so a tree's side 
 right. Counted at random anchors of held-out rows along the target's own text: on the spine (the slot before had the
 true token as its best), after a sibling (it had it second to eighth), and at all slots, each given the true token
 before; and how often the true token is among the candidates at all, which is what no head can exceed.
+
+Beside them what a whole pass knows: the second drafter is shown the true tokens up to one that only a sibling of the first
+drafter's block had right, and drafts the next.
 """
 
 import argparse
@@ -37,7 +40,7 @@ def count(model, target, rows, args) -> dict:
         lengths = draw_prefix_lengths(anchors.shape, model.config.block_size, base, generator)
         features = compute_features(target, batch, model.config.target_layer_ids)
         blocks = cut_blocks(batch, features, anchors, lengths, model.config)
-        for kind, right in judged(trainee, model, blocks, candidates).items():
+        for kind, right in judged(trainee, blocks, candidates).items():
             seen = sums.setdefault(kind, [0, 0])
             seen[0] += len(right)
             seen[1] += int(right.sum())
@@ -46,31 +49,68 @@ def count(model, target, rows, args) -> dict:
     }
 
 
-def judged(trainee: Trainee, model, blocks, candidates: int) -> dict[str, torch.Tensor]:
-    """By kind of place and with or without the head, whether each next token is right."""
-    labelled, truth = blocks.labels != NO_LABEL, true_tokens(blocks)
+@torch.inference_mode()
+def count_shown(pair, target, rows, args) -> dict:
+    """Of the second drafter: its next token after a kept one that the first had second to eighth."""
+    generator, places, right = torch.Generator().manual_seed(0), 0, 0
+    trainees = [Trainee(model, target) for model in pair.drafters]
+    for batch in batched(rows, args.rows):
+        anchors = draw_anchors(batch, args.anchors, generator)
+        lengths = draw_prefix_lengths(anchors.shape, pair.second.config.block_size, args.prefix_base, generator)
+        features = compute_features(target, batch, pair.first.config.target_layer_ids)
+        blocks = [
+            cut_blocks(batch, features, anchors, kept, trainee.model.config)
+            for kept, trainee in zip((torch.zeros_like(lengths), lengths), trainees)
+        ]
+        tokens, _ = guesses(trainees[0], blocks[0], SIBLINGS)
+        ranks, truth = rank_of(tokens, true_tokens(blocks[0])), true_tokens(blocks[1])
+        last, here = lengths[..., None], lengths[..., None] + 1  # the last kept token's slot, and the next one
+        sibling = (ranks.gather(2, last) > 0) & (ranks.gather(2, last) < SIBLINGS) & (last > 0)
+        sibling &= blocks[1].labels.gather(2, here) != NO_LABEL
+        drafts = list(guesses(trainees[1], blocks[1], SIBLINGS)[1].values())[-1]  # with its head, if it has one
+        places += int(sibling.sum())
+        right += int((drafts.gather(2, here) == truth.gather(2, here))[sibling].sum())
+    return {"places": places, "right": round(right / max(places, 1), 4)}
+
+
+def guesses(trainee: Trainee, blocks, candidates: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A drafter's likeliest tokens (B, N, γ, C), and what it drafts (B, N, γ) without and with its path head."""
+    model = trainee.model
     hidden = trainee.hidden(blocks)
     logits = trainee._head(hidden).float()  # (B, N, γ, V')
     best = logits.topk(candidates, dim=-1)
     tokens = best.indices if model.config.draft_vocab_size is None else model.draft_token_ids[best.indices]
     drafts = {"without head": tokens[..., 0]}
     if model.path_head is not None:
-        before = trainee._before(truth.roll(1, -1))[..., None, :].to(hidden.dtype)
+        before = trainee._before(true_tokens(blocks).roll(1, -1))[..., None, :].to(hidden.dtype)
         rows = trainee._path_parts.rows(best.indices).to(hidden.dtype)
         others = rest(best.values, logits.logsumexp(-1))
         chosen = conditional(best.values, model.path_head(hidden, before, rows), others)[..., 0, :].argmax(-1)
         drafts["with head"] = tokens.gather(-1, chosen[..., None])[..., 0]
-    found = tokens == truth[..., None]  # (B, N, γ, C)
+    return tokens, drafts
+
+
+def rank_of(tokens: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """(B, N, γ): the place of the true token (B, N, γ) among the likeliest ones (B, N, γ, C), C if it is none."""
+    found = tokens == truth[..., None]
+    return torch.where(found.any(-1), found.int().argmax(-1), tokens.shape[-1])
+
+
+def judged(trainee: Trainee, blocks, candidates: int) -> dict[str, torch.Tensor]:
+    """By kind of place and with or without the head, whether each next token is right."""
+    labelled, truth = blocks.labels != NO_LABEL, true_tokens(blocks)
+    tokens, drafts = guesses(trainee, blocks, candidates)
+    ranks = rank_of(tokens, truth)
     masked_before = labelled.roll(1, -1)
     masked_before[..., 0] = False
-    rank_before = torch.where(found.any(-1), found.int().argmax(-1), candidates).roll(1, -1)
+    before = ranks.roll(1, -1)
     places = {
         "all": labelled,
-        "spine": labelled & masked_before & (rank_before == 0),
-        "sibling": labelled & masked_before & (rank_before > 0) & (rank_before < SIBLINGS),
+        "spine": labelled & masked_before & (before == 0),
+        "sibling": labelled & masked_before & (before > 0) & (before < SIBLINGS),
     }
     result = {f"{kind}, {name}": (draft == truth)[at] for kind, at in places.items() for name, draft in drafts.items()}
-    return result | {f"{kind}, among the candidates": found.any(-1)[at] for kind, at in places.items()}
+    return result | {f"{kind}, among the candidates": (ranks < candidates)[at] for kind, at in places.items()}
 
 
 def main() -> None:
@@ -94,6 +134,7 @@ def main() -> None:
     result = {"pair": Path(args.pair).name, "rows": len(rows)}
     for args.role, model in zip(("first", "second"), pair.drafters):
         result[args.role] = count(model.requires_grad_(False), target, rows, args)
+    result["second, shown a sibling"] = count_shown(pair, target, rows, args)
     print(json.dumps(result, indent=2))
     if args.out is not None:
         records.write_json(args.out, result)

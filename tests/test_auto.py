@@ -74,6 +74,26 @@ def on_machine(monkeypatch):
     return use
 
 
+def by_chance(monkeypatch, seed: int) -> None:
+    """Let dice say, in each cycle, whether it drafts, with how many branches, and how many nodes are checked."""
+    dice = random.Random(seed)
+
+    def drafts(pace, reach, has_drafter):
+        pace._kind = dice.choice(["plain", "first"]) if has_drafter else "plain"
+        return pace._kind == "first"
+
+    def branches(pace, reach):
+        count = dice.choice([0, *pace._counts])
+        pace._kind = "both" if count else "first"
+        return count
+
+    def nodes(pace, reach):
+        return dice.choice([size for size in pace._sizes if size <= len(reach) + 1])
+
+    for function in (drafts, branches, nodes):
+        monkeypatch.setattr(Pace, function.__name__, function)
+
+
 def both(target, ids, assistant, **options):
     options = dict(do_sample=False, max_new_tokens=NEW, **options)
     plain = target.generate(ids, **options)
@@ -97,14 +117,18 @@ def test_it_is_the_default_unless_the_call_says_how_trees_are():
     assert options.auto and (options.num_branches, options.tree_budget, options.tree_width) == (4, 64, 8)
     for name, value in dict(num_branches=2, tree_budget=8, tree_width=1, levels=3, branch_source="samples").items():
         assert not settle(assistant, GenerationConfig(**{"d2sd_auto": None, f"d2sd_{name}": value})).auto
-    assert not settle(assistant, GenerationConfig(d2sd_auto=None, d2sd_compile=True)).auto
+    recorded = settle(assistant, GenerationConfig(d2sd_auto=None, d2sd_compile=True))
+    assert recorded.auto and [shape.redrafts for shape in recorded.shapes] == [False, False, True]
+    assert [shape.tree_size for shape in recorded.shapes] == [1, 4, 26] and not any(s.auto for s in recorded.shapes)
+    given = settle(assistant, GenerationConfig(d2sd_auto=None, d2sd_compile=True, d2sd_num_branches=2))
+    assert not given.auto and given.shapes == [given]
     fixed = settle(assistant, GenerationConfig(d2sd_auto=False))
     assert (fixed.auto, fixed.num_branches, fixed.tree_budget, fixed.tree_width) == (False, 4, None, 1)
     bounded = settle(assistant, GenerationConfig(d2sd_auto=True, d2sd_tree_budget=12, d2sd_num_branches=1))
     assert (bounded.auto, bounded.num_branches, bounded.tree_budget) == (True, 1, 12)
 
 
-@pytest.mark.parametrize("bad", [dict(d2sd_compile=True), dict(d2sd_levels=3), dict(d2sd_branch_source="samples")])
+@pytest.mark.parametrize("bad", [dict(d2sd_levels=3), dict(d2sd_branch_source="samples")])
 def test_what_fixes_the_shape_of_trees_does_not_go_with_it(bad):
     with pytest.raises(ValueError, match="d2sd_auto"):
         tiny_target().generate(prompt(5), assistant_model=tiny_assistant(), d2sd_auto=True, max_new_tokens=4, **bad)
@@ -320,10 +344,15 @@ def test_eight_threads_share_costs(long_text):
 
 
 @pytest.mark.slow
-def test_real_costs_are_predicted_within_fifteen_percent(long_text):
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("accuracy", [0.0, 0.95])
+def test_real_costs_are_predicted_within_fifteen_percent(threads, accuracy, long_text):
+    """By this machine's clock, in the middle one of seven calls: of one, what else the machine does may say more."""
     target, ids, sequence = long_text
-    assistant = fresh_pair()
-    for _ in range(4):
-        run(assistant, ids, target, sequence, 0.8, 200)
-    decisions = run(assistant, ids, target, sequence, 0.8, 200)
-    assert decisions.predicted == pytest.approx(decisions.measured, rel=0.15)
+    assistant, ratios = fresh_pair(), []
+    torch.set_num_threads(threads)
+    for _ in range(10):
+        decisions = run(assistant, ids, target, sequence, accuracy, 200)
+        ratios.append(decisions.predicted / decisions.measured)
+    assert next(iter(costs_of(assistant).tables.values())).cycles >= 64
+    assert sorted(ratios[3:])[3] == pytest.approx(1.0, abs=0.15), ratios

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from test_auto import by_chance
 from tiny import VOCAB, OracleDrafts, prompt, tiny_drafter, tiny_target
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
@@ -155,6 +156,14 @@ def check(case):
                 torch.testing.assert_close(one[-1], other[-1], atol=5e-3, rtol=5e-3)
 
 
+def check_switching(case):
+    """With cycles that are on and off by chance, in rows that are also plain now and then."""
+    case = {**case, "ours": {"d2sd_auto": True, **{n: v for n, v in case["ours"].items() if n == "d2sd_tree_budget"}}}
+    with pytest.MonkeyPatch.context() as patch:
+        by_chance(patch, case["length"])
+        check(case)
+
+
 PROFILE = dict(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=True)
 
 
@@ -162,6 +171,19 @@ PROFILE = dict(deadline=None, derandomize=True, suppress_health_check=list(Healt
 @given(CALLS)
 def test_any_call_answers_as_plain_generate_does(case):
     check(case)
+
+
+@settings(max_examples=80, **PROFILE)
+@given(CALLS)
+def test_any_call_whose_drafts_go_on_and_off_answers_as_plain_generate_does(case):
+    check_switching(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, **PROFILE)
+@given(CALLS)
+def test_any_of_2000_calls_whose_drafts_go_on_and_off_does(case):
+    check_switching(case)
 
 
 @pytest.mark.slow

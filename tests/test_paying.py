@@ -129,6 +129,25 @@ def test_what_was_gained_is_not_lost_for_long():
     assert losses < 15
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_costs_stay_true_where_nearly_all_cycles_draft(noise, seed):
+    """Plain steps are rare there, and each measurement is longer than the cost by chance."""
+    rng = random.Random(seed)
+    table = CostTable.guessed(0.05, 0.05, 0.1, 0.1, 1, 8)
+    drafted, plain = {(FIRST, 1): 0.003, (PASS, 16): 0.015, (REST, 1): 0.001}, {(PASS, 1): 0.0095, (REST, 1): 0.0005}
+    predicted = measured = 0.0
+    for cycle in range(2000):
+        table.since_plain = 0 if (is_plain := not table.is_measured or table.is_due) else table.since_plain + 1
+        parts = plain if is_plain else drafted
+        expected = table.of(*(part for part in parts if part[0] != REST))
+        cost = table.see({part: seconds * (1 + noise * rng.expovariate(1.0)) for part, seconds in parts.items()})
+        if cycle >= 64:
+            predicted, measured = predicted + expected, measured + cost
+            assert table.of((FIRST, 1), (PASS, 16)) == pytest.approx(1.9, rel=0.05 + 1.5 * noise)
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
 # A cycle's decisions -------------------------------------------------------------------------------------------------
 
 

@@ -105,8 +105,8 @@ def _open_drafters(
 def _open_pace(
     assistant: D2SDAssistant, worker: Target, drafters: list[Drafter], options: DecodingOptions, stats: D2SDStats
 ) -> Pace | None:
-    """What decides in each cycle, with what earlier calls measured; `None` where the options do."""
-    if not options.auto:
+    """What decides in each cycle, with what earlier calls measured; `None` where options or recorded shapes do."""
+    if not options.auto or options.compile:
         return None
     costs, networks = costs_of(assistant), [drafter.model for drafter in drafters]
 

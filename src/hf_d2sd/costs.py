@@ -20,8 +20,9 @@ import torch
 FIRST, SECOND, PASS, REST = "first", "second", "pass", "rest"
 PARTS = (FIRST, SECOND, PASS, REST)
 Part = tuple[str, int]  # name and size: of a second draft its K blocks, of a pass its nodes a row, else 1
-KEPT = 16  # measurements of a part that count: the latest
-ENOUGH = 4  # of them, from which on a cost is known rather than guessed
+_PRIORS = {"gain": (0.5, 2.0), "cycle": (1.0, 1.0)}  # of yields: ratio and weight
+KEPT = 16  # measurements of a part, and of a plain step, that count: the latest
+LONG_AGO = 32  # cycles after which plain steps of before count for little: machines get slower and faster
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of passes: few, so that each is measured often
 
 
@@ -147,8 +148,7 @@ class Curve:
         self._fit()
 
     def _fit(self) -> None:
-        # Low quartiles: what else the machine does can only make a measurement longer.
-        found = [(size, low(kept), len(kept)) for size, kept in sorted(self.latest.items())]
+        found = [(size, median(kept), len(kept)) for size, kept in sorted(self.latest.items())]
         self._points = never_falling(found)
 
     def __call__(self, size: int) -> float:
@@ -162,9 +162,6 @@ class Curve:
             return at_most + max(interpolated(self.guess, size) - interpolated(self.guess, most), 0.0)
         scale = at_least / max(interpolated(self.guess, least), 1e-9)
         return max(scale * interpolated(self.guess, size), 0.0)
-
-    def is_known(self, size: int) -> bool:
-        return self.counts.get(size, 0) >= ENOUGH
 
     def as_dict(self) -> dict:
         return {
@@ -181,9 +178,9 @@ class Curve:
         return curve
 
 
-def low(values: list[float]) -> float:
-    """The lower quartile."""
-    return sorted(values)[(len(values) - 1) // 4]
+def median(values: list[float]) -> float:
+    """The lower of the two in the middle. For plain steps as for parts: what else a machine does slows all of them."""
+    return sorted(values)[(len(values) - 1) // 2]
 
 
 def never_falling(points: list[tuple[int, float, int]]) -> list[tuple[int, float]]:
@@ -218,12 +215,14 @@ class CostTable:
     """What the parts of a cycle cost at one place, in plain steps; and what drafts are worth there."""
 
     curves: dict[str, Curve]
-    unit: list[float] = field(default_factory=list)  # seconds of a plain step, the latest estimates
+    unit: list[float] = field(default_factory=list)  # seconds of plain steps, the latest
     plain_steps: int = 0  # measured
     since_plain: int = 0  # cycles
     cycles: int = 0
+    last_plain: int = 0  # by number of cycles, when one was measured
     # By kind of cycle, "first" or "both": accepted tokens to what their probabilities said. By "gain:K": what a second
-    # draft of K blocks adds, in tokens, to the probability that the text comes to its prefixes.
+    # draft of K blocks adds, in tokens, to the probability that the text comes to its prefixes. By "cycle:K", of
+    # recorded cycles: tokens to cycles.
     yields: dict[str, Tally] = field(default_factory=dict)
     trust: float = 0.0  # what drafting gained lately, in plain steps a cycle
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
@@ -254,27 +253,28 @@ class CostTable:
         return self.curves[REST](1) + sum(self.curves[name](size) for name, size in parts)
 
     def see(self, seconds: dict[Part, float]) -> float:
-        """Take in a cycle's measured times; returns its cost in plain steps."""
+        """Take in a cycle's measured times; returns its cost in plain steps, of which the mean is 1."""
         with self.lock:
             parts = [part for part in seconds if part[0] != REST]
             total, plain = sum(seconds.values()), parts == [(PASS, 1)]
-            if plain or all(self.curves[name].is_known(size) for name, size in parts):
-                # Also cycles of known cost tell how long a plain step would take now: machines get slower and faster.
-                self.unit.append(total / self.of(*parts))
-                del self.unit[:-KEPT]
-            self.plain_steps += plain
             self.cycles += 1
+            if plain:
+                # Plain steps alone are the unit. A cycle of known cost would tell it too, but costs are known in it:
+                # the least bias of one would be the other's, again and again.
+                kept = KEPT if self.cycles - self.last_plain < LONG_AGO else 5
+                self.unit = [*self.unit, total][-kept:]
+                self.last_plain, self.plain_steps = self.cycles, self.plain_steps + 1
             if not self.unit:
                 return self.of(*parts)
-            unit = sorted(self.unit)[(len(self.unit) - 1) // 2]
+            unit = median(self.unit)
             for (name, size), taken in seconds.items():
                 if not plain or name == PASS:
                     self.curves[name].add(size, taken / unit)
-            return total / unit
+            return total * len(self.unit) / sum(self.unit)
 
     def yielded(self, kind: str) -> Tally:
         with self.lock:
-            prior, weight = (1.0, 4.0) if not kind.startswith("gain") else (0.5, 2.0)
+            prior, weight = _PRIORS.get(kind.partition(":")[0], (1.0, 4.0))
             return self.yields.setdefault(kind, Tally(prior, weight))
 
     @property
@@ -282,9 +282,14 @@ class CostTable:
         """Whether it is known how long a plain step takes."""
         return self.plain_steps >= 2
 
+    @property
+    def is_due(self) -> bool:
+        """Whether that is to be measured again, after a while without plain steps."""
+        return self.since_plain >= min(128, 16 * self.plain_steps)
+
     def as_dict(self) -> dict:
         return {
-            "plain_step_seconds": sorted(self.unit)[(len(self.unit) - 1) // 2] if self.unit else None,
+            "plain_step_seconds": median(self.unit) if self.unit else None,
             "plain_steps": self.plain_steps,
             "cycles": self.cycles,
             "trust": self.trust,
@@ -298,6 +303,7 @@ class CostTable:
         seconds = saved["plain_step_seconds"]
         table.unit = [] if seconds is None else [float(seconds)]
         table.plain_steps, table.cycles, table.trust = saved["plain_steps"], saved["cycles"], saved["trust"]
+        table.last_plain = table.cycles
         for kind, sums in saved["yields"].items():
             tally = table.yielded(kind)
             tally.of, tally.to = sums["of"], sums["to"]
@@ -389,6 +395,20 @@ def guess(place: Place, target, drafters: list) -> CostTable:
     first, second = (shares[0], shares[-1]) if shares else (0.0, 0.0)
     block = drafters[0].config.block_size if drafters else 1
     return CostTable.guessed(weight, weight, first, second, place.rows, block)
+
+
+def of_whole_cycles(parts: CostTable, shapes: list[tuple[int, int]]) -> CostTable:
+    """What recorded cycles may cost, which are timed as a whole: each as a pass over as many nodes as its tree has.
+
+    Args:
+        parts: what their parts may cost; shapes: nodes and branches of each, the plain step first.
+    """
+    points = [(1, 1.0)]
+    for nodes, branches in shapes[1:]:
+        second = [(SECOND, branches)] if branches else []
+        points.append((max(nodes, points[-1][0] + 1), parts.of((FIRST, 1), *second, (PASS, nodes))))
+    nothing = {name: Curve([(1, 0.0)]) for name in PARTS}
+    return CostTable({**nothing, PASS: Curve(points)})
 
 
 _opening = threading.Lock()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .acceptance import greedy_paths
 from .cache import Place, TreeCache, TreeLayer, empty_buffer, move
@@ -49,12 +49,12 @@ class CycleState:
     anchors: Tensor  # (B,), the last committed tokens
     gained: Tensor  # (B,), tokens committed since these cycles began
     alive: Tensor  # (B,) bool; a row that has ended gains nothing more
-    waiting: tuple[Tensor, ...]  # by drafter (B, W, F), features of the newest committed tokens, which it has not read
-    counts: Tensor  # (B,), how many of them are a row's own: the first ones
+    waiting: tuple[Tensor, ...]  # by drafter (B, S, F), features of the newest committed tokens, which it has not read
+    counts: tuple[Tensor, ...]  # by drafter (B,), how many of these are a row's own: the first ones
     report: Tensor  # (B, 6, N), the fields of `HostTree`: what the last cycle's tree was, and what the target chose
 
     def tensors(self) -> list[Tensor]:
-        return [self.anchors, self.gained, self.alive, *self.waiting, self.counts, self.report]
+        return [self.anchors, self.gained, self.alive, *self.waiting, *self.counts, self.report]
 
 
 class CycleLayer(FixedLayer):
@@ -132,7 +132,10 @@ class CycleCache(TreeCache):
 
 
 class CycleContext(DraftContext):
-    """A drafter's context: before a cycle's first draft it takes in the features that wait, before others nothing."""
+    """A drafter's context: before a cycle's first draft it takes in the features that wait, before others nothing.
+
+    Where a cycle does not draft, they wait on, with those of the tokens that it commits behind them.
+    """
 
     cache: CycleCache
     positions: Any  # (B,), once a cycle has begun
@@ -142,12 +145,18 @@ class CycleContext(DraftContext):
 
         Args:
             positions: (B,), of the anchors; known: (B,), tokens that it knows, those that wait included.
-            features: (B, W, F), what waits; counts: (B,), how many of these are a row's own.
+            features: (B, S, F), what waits; counts: (B,), how many of these are a row's own.
         """
         self.positions, self.known, self.incoming = positions, known, (features, counts)
+        self.size = features.shape[1]
 
     def extend(self, features: Tensor, positions, counts) -> None:
-        self.gained = features
+        before, own = self.incoming
+        if not before.shape[1]:  # they were read
+            self.gained = nn.functional.pad(features, (0, 0, 0, self.size - features.shape[1])), counts
+            return
+        at = own[:, None] + torch.arange(features.shape[1], device=own.device)
+        self.gained = before.scatter(1, at[..., None].expand_as(features), features), own + counts
 
     def open(self, rows: int, size: int) -> ContextPlace:
         features, counts = self.incoming
@@ -235,11 +244,12 @@ class CycleTarget(Target):
         self.__dict__.update(vars(target))
         self.cache, self.run, self._left = cache, target.model, None
         self.few = target.model  # what is compiled, or recorded, is the same for all calls
-        cache.place(torch.arange(cache.capacity, cache.capacity + nodes, device=self.device), cache.capacity + nodes)
+        self._slots = torch.arange(cache.capacity, cache.capacity + nodes, device=self.device)
 
     def begin(self, positions: Tensor, axes: Tensor | None, lengths: dict[str, Tensor]) -> None:
         """Of a cycle: positions (B,), the axes ahead of them (A, B), and tokens in the cache (B,) by layer type."""
         self.positions, self.axes_ahead = positions, axes
+        self.cache.place(self._slots, self.cache.capacity + len(self._slots))
         for name, layer in self.cache.by_type().items():
             layer.begin(lengths[name])
 
@@ -285,6 +295,7 @@ class Cycle:
     options: DecodingOptions
     choice: Choice
     origin: Origin
+    width: int  # W, of paths: at least as long as the longest there can be
 
     def __call__(self, state: CycleState) -> CycleState:
         self._begin(state)
@@ -299,14 +310,14 @@ class Cycle:
         origin, positions = self.origin, self.origin.positions + state.gained
         lengths = {name: length + state.gained for name, length in origin.stored.items()}
         self.target.begin(positions, origin.axes, lengths)
-        for drafter, read, features in zip(self.drafters, origin.read, state.waiting):
-            drafter.context.begin(positions, read + state.gained, features, state.counts)
+        for drafter, read, features, counts in zip(self.drafters, origin.read, state.waiting, state.counts):
+            drafter.context.begin(positions, read + state.gained, features, counts)
 
     def _accept(self, tree: CandidateTree, step: TargetPass, choices: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
         """The paths (B, W), and how many of their nodes (B,) are kept: up to the first token that ends a row."""
         assert step.nodes is not None
         fields = tree.tokens, tree.parents, tree.depths, step.nodes.visible
-        paths = greedy_paths(*fields, choices, self.options.depth + 1)
+        paths = greedy_paths(*fields, choices, self.width)
         emitted = choices.gather(1, paths)
         ends = (emitted[..., None] == self.origin.ends).any(-1)
         goes_on = (paths[:, 1:] > 0) & ~ends[:, :-1]
@@ -328,7 +339,7 @@ class Cycle:
             anchors=torch.where(state.alive, last, state.anchors),
             gained=gained,
             alive=state.alive & ~ended,
-            waiting=tuple(drafter.context.gained for drafter in self.drafters),
-            counts=counts,
+            waiting=tuple(drafter.context.gained[0] for drafter in self.drafters),
+            counts=tuple(drafter.context.gained[1] for drafter in self.drafters),
             report=report,
         )

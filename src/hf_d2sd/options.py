@@ -1,7 +1,7 @@
 """The options of a call, each declared once: `GenerationConfig`, commands, sweeps and docs take them from here."""
 
 from collections.abc import Collection
-from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass, replace
 from typing import Any, Optional
 
 from transformers import GenerationConfig
@@ -106,13 +106,13 @@ class DecodingOptions:
     )
     auto: bool = option(
         "each cycle drafts, and checks as many nodes, as pays by what that costs on this machine; "
-        "`d2sd_num_branches` and `d2sd_tree_budget` are then the most. False: the same in each cycle, as the options "
-        "or else the pair say",
+        "`d2sd_num_branches` and `d2sd_tree_budget` are then the most. Recorded cycles choose among three shapes: "
+        "plain, the first drafter alone, and all as the options or else the pair say. False: the latter in each cycle",
         default=False,
         in_words=(
             None,
             "on, unless one of `d2sd_num_branches`, `d2sd_tree_budget`, `d2sd_tree_width`, `d2sd_levels` "
-            "and `d2sd_branch_source` is given, or cycles are compiled",
+            "and `d2sd_branch_source` is given",
         ),
     )
     attention_backend: str | None = option(
@@ -154,11 +154,10 @@ class DecodingOptions:
             )
 
     def _check_auto(self) -> None:
-        if self.auto and (self.compile or self.levels > 2 or not BRANCH_SOURCES[self.branch_source].redrafts):
+        if self.auto and (self.levels > 2 or not BRANCH_SOURCES[self.branch_source].redrafts):
             raise ValueError(
-                f"d2sd_auto chooses each cycle's tree anew, and d2sd_compile is {self.compile}, d2sd_levels is "
-                f"{self.levels}, d2sd_branch_source is {self.branch_source!r}: leave these out, or set d2sd_auto to "
-                "False."
+                f"d2sd_auto chooses each cycle's tree anew, and d2sd_levels is {self.levels}, d2sd_branch_source is "
+                f"{self.branch_source!r}: leave these out, or set d2sd_auto to False."
             )
 
     def _check_context(self) -> None:
@@ -181,6 +180,16 @@ class DecodingOptions:
             return 0
         most = [limit for limit in (self.context, self.tree_budget and self.tree_budget - 1) if limit is not None]
         return min(most)
+
+    @property
+    def shapes(self) -> list["DecodingOptions"]:
+        """What cycles of fixed shapes are chosen from, the smallest first: each lets one drafter more draft."""
+        whole = replace(self, auto=False)
+        if not self.auto or self.tree_budget == 1:
+            return [whole]
+        budget = self.tree_budget and max(self.tree_budget // 2, 2)
+        alone = [replace(whole, num_branches=0, tree_budget=budget)] if self.redrafts else []
+        return [replace(whole, num_branches=0, tree_budget=1), *alone, whole]
 
     @property
     def redrafts(self) -> bool:
@@ -305,8 +314,8 @@ def settle(assistant: D2SDAssistant, generation_config: GenerationConfig) -> Dec
         if value is not None or declared.default is MISSING:
             chosen[declared.name] = value
     chosen.setdefault("compile", assistant.compile_options is not None)
-    chosen.setdefault("auto", not given & SHAPING and not chosen["compile"])
-    if chosen["auto"] is True and drafts:
+    chosen.setdefault("auto", not given & SHAPING)
+    if chosen["auto"] is True and chosen["compile"] is False and drafts:
         _leave_open(chosen, given)
     first, second = config.first.block_size, config.second.block_size if config.second is not None else None
     block_size = first if chosen["block_size"] is None else chosen["block_size"]

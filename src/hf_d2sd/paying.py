@@ -178,7 +178,7 @@ class Pace:
         if not table.is_measured:
             self._reason, self._measures = "measuring a plain step", True
             return False
-        self._measures = table.since_plain >= min(256, 16 * table.plain_steps)
+        self._measures = table.is_due
         if self._measures:
             self._reason = "measuring a plain step again"
             return False
@@ -324,6 +324,96 @@ class Pace:
                 self._reason = "measuring a tree of this size"
                 return other
         return None
+
+
+class ShapePace:
+    """Chooses among the recorded shapes of a call's cycles, by what each has yielded and cost on average.
+
+    The host reads a cycle late, so that what it says of the next one is not known when that begins: the situations of
+    `best` are all alike here.
+
+    Args:
+        shapes: nodes and branches of each, the plain step first, and each with one drafter more.
+        table: costs of whole cycles, see `costs.of_whole_cycles`.
+        watch: takes the times.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int]], table: CostTable, watch: Stopwatch):
+        self.shapes, self.table, self.watch = shapes, table, watch
+        self.decisions = Decisions()
+        self.purse = Purse(BEGINNING if table.trust >= 0 else 0.0)
+        self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
+        self._shared = [table.yielded(f"cycle:{branches}:{nodes}") for nodes, branches in shapes]
+        self._yields = [tally.begun() for tally in self._shared]
+        self._expected: list[float] = []  # costs of the cycles whose times are not known yet
+        self._reasons: list[str] = []  # of the cycles that were not read yet
+        self._tries = 0
+
+    def begin(self, least: int = 0) -> int:
+        """A cycle begins: its shape, one of at least so many drafters."""
+        shape, reason = self._choose(range(least, len(self.shapes)))
+        self._reasons.append(reason)
+        self._expected.append(self._cost(shape))
+        self.watch.start()
+        self._mark = PASS, self.shapes[shape][0]
+        return shape
+
+    def launched(self) -> None:
+        """All of it was begun."""
+        self.watch.mark(*self._mark)
+        self.watch.stop()
+
+    def end(self, shape: int, counts: Sequence[int]) -> None:
+        """What a cycle of this shape gave: tokens by row, 0 for one that had ended before."""
+        table, (nodes, branches), cost = self.table, self.shapes[shape], self._cost(shape)
+        steps = sum(counts) / max(sum(count > 0 for count in counts), 1)
+        self.purse.saw(steps, cost if shape else None)
+        self._rate.add(steps, cost)
+        with table.lock:
+            table.since_plain = table.since_plain + 1 if shape else 0
+            table.trust = 0.95 * table.trust + 0.05 * (steps - cost) if shape else table.trust
+            for tally in (self._yields[shape], self._shared[shape]):
+                tally.add(steps, 1.0)
+        decisions = self.decisions
+        decisions.kinds[(PLAIN, ONLY_FIRST, BOTH)[shape]] += 1
+        decisions.nodes[nodes] += 1
+        decisions.branches[branches] += 1
+        decisions.reasons[self._reasons.pop(0)] += 1
+        decisions.tokens += steps
+        for seconds in self.watch.finished():
+            decisions.predicted += self._expected.pop(0)
+            decisions.measured += table.see(seconds)
+
+    def _choose(self, allowed: Sequence[int]) -> tuple[int, str]:
+        """Of these shapes one, and why."""
+        table, purse = self.table, self.purse
+        if allowed[0]:
+            return self._best(allowed), "a drafter must read on"
+        if not table.is_measured:
+            return 0, "measuring a plain step"
+        if table.is_due:
+            return 0, "measuring a plain step again"
+        drafting = [shape for shape in allowed[1:] if purse.tries(self._cost(shape) - 1)]
+        if not drafting:
+            return 0, "drafts do not pay here"
+        self._tries += 1
+        new = [shape for shape in drafting if table.curves[PASS].counts.get(self.shapes[shape][0], 0) < 2]
+        if new and self._tries % EVERY == 1:
+            return new[0], "measuring this shape"
+        found = self._best([0, *drafting])
+        if found == 0 and purse.waited >= max(purse.wait, 1.0):
+            return self._best(drafting), "trying whether drafts pay"
+        return found, _REASONS.get((PLAIN, ONLY_FIRST, BOTH)[found], "drafts do not pay here")
+
+    def _best(self, shapes: Sequence[int]) -> int:
+        rate = max(1.0, self._rate.ratio)
+        return best([Offer(shape, self._tokens(shape), self._cost(shape)) for shape in shapes], rate).what
+
+    def _tokens(self, shape: int) -> float:
+        return self._yields[shape].ratio if shape else 1.0
+
+    def _cost(self, shape: int) -> float:
+        return self.table.of((PASS, self.shapes[shape][0]))
 
 
 _REASONS = {
