@@ -346,7 +346,8 @@ class _FewRows(nn.Linear):
     """A linear layer by the fastest product for few rows."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        own = self._parameters  # hundreds of times a pass: attributes of modules are looked up slowly
+        return linear(input, own["weight"], own["bias"])
 
 
 def for_few_tokens(model):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from .costs import FIRST, PASS, REST, SECOND, SIZES, CostTable, Part, Stopwatch, Tally
 
-SHARE = 0.02  # of a call's time that trying may cost, beside what it begins with
+SHARE = 0.01  # of a call's time that trying may cost, beside what it begins with
 BEGINNING = 1.0  # plain steps that a call may lose before anything was gained
 MOST = 4.0  # plain steps of gains that may be lost again
 LONGEST = 64.0  # plain steps between tries, however often they lost

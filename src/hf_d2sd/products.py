@@ -107,19 +107,15 @@ _choices: dict[tuple, Choice] = {}  # of the process
 
 def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Weight times rows."""
-    return _rows_of(torch.mm(weight, _columns(x)), x, bias)
+    return _rows_of(nn.functional.linear(weight, _filled(x)), x, bias)
 
 
 def _converted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same in float32, of which the result alone is rounded, as the stock kernels do it."""
-    columns = _columns(x).float()
-    count, width = weight.shape
-    step = max(_SLAB // width, 1)
-    product = columns.new_empty(count, columns.shape[1])
-    for start in range(0, count, step):
-        part = weight[start : start + step]
-        torch.mm(part.float(), columns, out=product[start : start + step])
-    return _rows_of(product, x, bias)
+    columns = _filled(x).float()
+    step = max(_SLAB // weight.shape[1], 1)
+    parts = [nn.functional.linear(part.float(), columns) for part in weight.split(step)]
+    return _rows_of(torch.cat(parts) if len(parts) > 1 else parts[0], x, bias)
 
 
 _WAYS: dict[torch.dtype, tuple[Way, ...]] = {
@@ -129,16 +125,19 @@ _WAYS: dict[torch.dtype, tuple[Way, ...]] = {
 }
 
 
-def _columns(x: Tensor) -> Tensor:
-    """(K, rows), of x (..., K), with columns of zeros up to the next size."""
+def _filled(x: Tensor) -> Tensor:
+    """(rows, K), of x (..., K), with rows of zeros up to the next size."""
     x = x.reshape(-1, x.shape[-1])
     missing = _SIZE_OF[len(x)] - len(x)
-    return (nn.functional.pad(x, (0, 0, 0, missing)) if missing else x).t()
+    return torch.constant_pad_nd(x, (0, 0, 0, missing)) if missing else x
 
 
 def _rows_of(product: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """(..., N) for x (..., K), from columns (N, rows) and some more."""
-    rows = product.t()[: x.numel() // x.shape[-1]]
+    """(..., N) for x (..., K), from columns (N, rows) and some more. Few calls: a pass makes hundreds of products."""
+    count = x.numel() // x.shape[-1]
+    rows = (product if product.shape[1] == count else product[:, :count]).t()
     if bias is not None:
         rows = rows + bias
-    return rows.to(x.dtype).contiguous().view(*x.shape[:-1], -1)
+    if rows.dtype != x.dtype:
+        rows = rows.to(x.dtype)
+    return rows.contiguous().view(*x.shape[:-1], -1)
