@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from hf_d2sd.costs import FIRST, PASS, REST, SECOND, CostTable, Curve
-from hf_d2sd.paying import BEGINNING, MOST, SHARE, Decisions, Offer, Pace, Purse, best, trees
+from hf_d2sd.paying import BEGINNING, LEAST, MOST, SHARE, Decisions, Offer, Pace, Purse, best, trees
 
 
 def rate_of(policy, situations) -> float:
@@ -115,6 +115,16 @@ def test_tries_become_rarer_while_they_lose_and_are_all_there_is_once_they_gain(
     for _ in range(30):  # the text is draftable again
         assert purse.tries(price)
         purse.saw(3.0, 1 + price)
+
+
+@pytest.mark.parametrize("trust", [0.0, -0.02, -0.5])
+def test_a_call_tries_whatever_came_of_those_before(trust):
+    table = measured_table()
+    table.trust = trust
+    pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
+    pace.begin(1, 10)
+    assert pace.drafts([])
+    assert pace.purse.held == {0.0: BEGINNING, -0.02: 0.92, -0.5: LEAST}[trust]
 
 
 def test_what_was_gained_is_not_lost_for_long():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from .costs import FIRST, PASS, REST, SECOND, SIZES, CostTable, Part, Stopwatch, Tally
 
 SHARE = 0.01  # of a call's time that trying may cost, beside what it begins with
-BEGINNING = 1.0  # plain steps that a call may lose before anything was gained
+BEGINNING, LEAST = 1.0, 0.6  # plain steps that a call may lose before anything was gained; where drafts lost of late
 MOST = 4.0  # plain steps of gains that may be lost again
 LONGEST = 64.0  # plain steps between tries, however often they lost
 EVERY = 4  # in the first cycles, each so many take a size that was not measured yet
@@ -104,6 +104,14 @@ class Purse:
             self.wait, self.waited = 0.0 if net > 0 else min(max(2 * self.wait, 1.0), LONGEST), 0.0
 
 
+def beginning(trust: float) -> float:
+    """What a call may lose at first, by what drafting gained in calls before, in plain steps a cycle.
+
+    Never nothing: a few cycles that lost, a process's first ones say, must not keep every later call from drafting.
+    """
+    return min(max(BEGINNING + 4 * trust, LEAST), BEGINNING)
+
+
 @dataclass
 class Decisions:
     """What was decided in a call's cycles, why, and what that was expected to cost."""
@@ -165,7 +173,7 @@ class Pace:
         """A cycle begins, of so many rows, the longest of `length` tokens."""
         self.rows, self.table = rows, self._table_at(rows, length)
         if not self._has_begun:
-            self.purse, self._has_begun = Purse(BEGINNING if self.table.trust >= 0 else 0.0), True
+            self.purse, self._has_begun = Purse(beginning(self.table.trust)), True
         self._parts: list[Part] = []
         self._kind, self._reason, self._measures = PLAIN, "no room for more than a token", False
         self._raw = self._before = self._prefixes = 0.0
@@ -341,7 +349,7 @@ class ShapePace:
     def __init__(self, shapes: list[tuple[int, int]], table: CostTable, watch: Stopwatch):
         self.shapes, self.table, self.watch = shapes, table, watch
         self.decisions = Decisions()
-        self.purse = Purse(BEGINNING if table.trust >= 0 else 0.0)
+        self.purse = Purse(beginning(table.trust))
         self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
         self._shared = [table.yielded(f"cycle:{branches}:{nodes}") for nodes, branches in shapes]
         self._yields = [tally.begun() for tally in self._shared]
