@@ -7,8 +7,8 @@ right. Counted at random anchors of held-out rows along the target's own text: o
 true token as its best), after a sibling (it had it second to eighth), and at all slots, each given the true token
 before; and how often the true token is among the candidates at all, which is what no head can exceed.
 
-Beside them what a whole pass knows: the second drafter is shown the true tokens up to one that only a sibling of the first
-drafter's block had right, and drafts the next.
+Beside them what a whole pass knows: the second drafter is shown the true tokens up to one that only a sibling of the
+first drafter's block had right, and drafts the next.
 """
 
 import argparse

@@ -62,7 +62,13 @@ def test_greedy_equals_plain_generate(family, accuracy, monkeypatch):
     cycles = tokens = 0
     for seed in range(3):
         plain = run(family, seed, None)
-        for branches, width, budget, levels in ((0, 2, 6, 2), (2, 3, 9, 3), (4, 8, 33, 2), (4, 8, 33, 4), (1, 2, 2, 2)):
+        for branches, width, budget, levels in (
+            (0, 2, 6, 2),
+            (2, 3, 9, 3),
+            (4, 8, 33, 2),
+            (4, 8, 33, 4),
+            (1, 2, 2, 2),
+        ):
             with monkeypatch.context() as patch:
                 OracleLogits(patch, plain[0], accuracy=accuracy)
                 options = dict(d2sd_num_branches=branches, d2sd_tree_width=width, d2sd_tree_budget=budget)
