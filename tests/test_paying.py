@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from hf_d2sd.costs import FIRST, PASS, REST, SECOND, CostTable, Curve
+from hf_d2sd.costs import FIRST, ONCE, PASS, REST, SECOND, CostTable, Curve
 from hf_d2sd.paying import BEGINNING, LEAST, MOST, SHARE, Decisions, Offer, Pace, Purse, best, trees
 
 
@@ -278,3 +278,34 @@ def test_drafts_whose_words_do_not_hold_are_believed_less():
         pace.mark(PASS, sizes[-1])
         pace.end(tokens=1, accepted=0)
     assert sizes[0] == 4 and sum(size > 1 for size in sizes[-30:]) <= 10, sizes
+
+
+def test_a_calls_first_draft_tells_nothing_of_what_drafts_cost():
+    """It reads the prompt; a dear one must not keep later calls from drafting."""
+
+    class Watch(NoWatch):
+        marks: list = []
+
+        def mark(self, *part):
+            self.marks.append(part)
+
+    table = measured_table()
+    pace = Pace(lambda rows, length: table, watch := Watch(), 4, 64)
+    for _ in range(2):
+        pace.begin(1, 10)
+        pace.mark(FIRST)
+        pace.mark(SECOND, 2)
+        pace.mark(PASS, 8)
+    assert watch.marks == [(ONCE,), (ONCE,), (PASS, 8), (FIRST, 1), (SECOND, 2), (PASS, 8)]
+    known = {name: dict(curve.counts) for name, curve in table.curves.items()}
+    table.see({(ONCE, 1): 9.0, (PASS, 8): 0.02, (REST, 1): 0.001})
+    assert table.curves[FIRST].counts == known[FIRST] and table.curves[PASS].counts[8] == 1
+
+
+def test_what_was_measured_once_seems_no_dearer_than_guessed():
+    table = CostTable.guessed(0.05, 0.05, 0.1, 0.1, 1, 8)
+    guessed = table.curves[FIRST](1)
+    for measured in (9.0, 9.0, 9.0):
+        assert table.hoped(FIRST, 1) == pytest.approx(guessed)
+        table.curves[FIRST].add(1, measured)
+    assert table.hoped(FIRST, 1) == 9.0

@@ -19,9 +19,11 @@ import torch
 
 FIRST, SECOND, PASS, REST = "first", "second", "pass", "rest"
 PARTS = (FIRST, SECOND, PASS, REST)
+ONCE = "once"  # a drafter's first draft of a call: it reads the prompt, of any length, and tells nothing of others
 Part = tuple[str, int]  # name and size: of a second draft its K blocks, of a pass its nodes a row, else 1
 _PRIORS = {"gain": (0.5, 2.0), "cycle": (1.0, 1.0)}  # of yields: ratio and weight
 KEPT = 16  # measurements of a part, and of a plain step, that count: the latest
+FEW = 3  # measurements of a part, below which its cost may be no more than that of its first runs
 LONG_AGO = 32  # cycles after which plain steps of before count for little: machines get slower and faster
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of passes: few, so that each is measured often
 
@@ -252,10 +254,20 @@ class CostTable:
             return 1.0
         return self.curves[REST](1) + sum(self.curves[name](size) for name, size in parts)
 
+    def hoped(self, name: str, size: int) -> float:
+        """What a part may cost: measured a few times at most, no more than guessed.
+
+        First runs do what is done once, as gathering a head's rows and timing products. What seems too dear to be
+        tried would else never be measured again.
+        """
+        curve = self.curves[name]
+        known = curve.counts.get(size, 0) >= FEW
+        return curve(size) if known else min(curve(size), interpolated(curve.guess, size))
+
     def see(self, seconds: dict[Part, float]) -> float:
         """Take in a cycle's measured times; returns its cost in plain steps, of which the mean is 1."""
         with self.lock:
-            parts = [part for part in seconds if part[0] != REST]
+            parts = [part for part in seconds if part[0] not in (REST, ONCE)]
             total, plain = sum(seconds.values()), parts == [(PASS, 1)]
             self.cycles += 1
             if plain:
@@ -268,7 +280,7 @@ class CostTable:
                 return self.of(*parts)
             unit = median(self.unit)
             for (name, size), taken in seconds.items():
-                if not plain or name == PASS:
+                if name != ONCE and (not plain or name == PASS):
                     self.curves[name].add(size, taken / unit)
             return total * len(self.unit) / sum(self.unit)
 

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .costs import FIRST, PASS, REST, SECOND, SIZES, CostTable, Part, Stopwatch, Tally
+from .costs import FIRST, ONCE, PASS, REST, SECOND, SIZES, CostTable, Part, Stopwatch, Tally
 
-SHARE = 0.01  # of a call's time that trying may cost, beside what it begins with
+SHARE = 0.02  # of a call's time that trying may cost, beside what it begins with
 BEGINNING, LEAST = 1.0, 0.6  # plain steps that a call may lose before anything was gained; where drafts lost of late
 MOST = 4.0  # plain steps of gains that may be lost again
 LONGEST = 64.0  # plain steps between tries, however often they lost
@@ -161,6 +161,7 @@ class Pace:
         self.decisions = Decisions()
         self.purse = Purse(0.0)
         self._has_begun = False
+        self._have_run: set[str] = set()  # drafters, by their parts
         self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
         self._drafted = Tally(0.0, 0.0, keeps=0.9)  # what cycles with a draft are worth, a row
         self._yields: dict[str, Tally] = {}
@@ -192,7 +193,7 @@ class Pace:
             return False
         if not has_drafter:
             return False
-        if not self.purse.tries(table.of((FIRST, 1))):
+        if not self.purse.tries(table.hoped(FIRST, 1) + table.curves[REST](1)):
             self._reason = "drafts do not pay here"
             return False
         if (
@@ -210,7 +211,7 @@ class Pace:
         self._before = self._best_tree(ONLY_FIRST, reach).value(self.rate)
         offers = [Offer(0, 0.0, 0.0)]
         for count in self._counts:
-            cost = self.table.of(*self._parts, (SECOND, count))
+            cost = self.table.of(*self._parts) + self.table.hoped(SECOND, count)
             if self.purse.affords(cost):
                 offers.append(Offer(count, self._gain(count) * sum(reach[:count]), self.table.curves[SECOND](count)))
         count = self._untried([offer.what for offer in offers if offer.what]) or best(offers, self.rate).what
@@ -239,7 +240,11 @@ class Pace:
 
     def mark(self, name: str, size: int = 1) -> None:
         """What ran since the last mark was this part of the cycle."""
-        self.watch.mark(name, size)
+        if name in (FIRST, SECOND) and name not in self._have_run:
+            self._have_run.add(name)
+            self.watch.mark(ONCE)
+        else:
+            self.watch.mark(name, size)
         if name != REST:
             self._parts.append((name, size))
 
