@@ -10,7 +10,7 @@ from tiny import OracleDrafts, prompt, tiny_assistant, tiny_drafter, tiny_target
 from transformers import GenerationConfig
 
 from hf_d2sd import D2SDAssistant
-from hf_d2sd.costs import FIRST, PARTS, PASS, REST, SECOND, Costs, costs_of
+from hf_d2sd.costs import FIRST, ONCE, PARTS, PASS, REST, SECOND, Costs, costs_of
 from hf_d2sd.modeling import CACHE_NAME
 from hf_d2sd.options import settle
 from hf_d2sd.paying import Pace
@@ -33,7 +33,13 @@ def machine(step: float = 0.01, first: float = 0.2, second: float = 0.2, node: f
         name, size = part
         return (
             step
-            * {FIRST: first, SECOND: second * (1 + 0.5 * (size - 1)), PASS: 0.9 + node * (size - 1), REST: rest}[name]
+            * {
+                FIRST: first,
+                SECOND: second * (1 + 0.5 * (size - 1)),
+                PASS: 0.9 + node * (size - 1),
+                REST: rest,
+                ONCE: first,
+            }[name]
         )
 
     return cost
