@@ -7,7 +7,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -362,9 +361,8 @@ def for_few_tokens(model):
     """
     if not isinstance(model, nn.Module) or getattr(model, "_is_stateful", False):
         return model
-    if getattr(model, "is_quantized", False) or any(
-        p.device.type != "cpu" for p in itertools.islice(model.parameters(), 1)
-    ):
+    first = next(model.parameters(), None)
+    if getattr(model, "is_quantized", False) or first is None or not first.is_cpu:
         return model
     try:
         return _twin(model, {})

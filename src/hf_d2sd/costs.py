@@ -223,8 +223,8 @@ class CostTable:
     cycles: int = 0
     last_plain: int = 0  # by number of cycles, when one was measured
     # By kind of cycle, "first" or "both": accepted tokens to what their probabilities said. By "gain:K": what a second
-    # draft of K blocks adds, in tokens, to the probability that the text comes to its prefixes. By "cycle:K", of
-    # recorded cycles: tokens to cycles.
+    # draft of K blocks adds, in tokens, to the probability that the text comes to its prefixes. By "cycle:K:N",
+    # of recorded cycles with trees of N nodes: tokens to cycles.
     yields: dict[str, Tally] = field(default_factory=dict)
     trust: float = 0.0  # what drafting gained lately, in plain steps a cycle
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
