@@ -21,7 +21,7 @@ FIRST, SECOND, PASS, REST = "first", "second", "pass", "rest"
 PARTS = (FIRST, SECOND, PASS, REST)
 ONCE = "once"  # a drafter's first draft of a call: it reads the prompt, of any length, and tells nothing of others
 Part = tuple[str, int]  # name and size: of a second draft its K blocks, of a pass its nodes a row, else 1
-_PRIORS = {"gain": (0.5, 2.0), "cycle": (1.0, 1.0)}  # of yields: ratio and weight
+_PRIORS = {"gain": (0.5, 2.0), "cycle": (1.0, 1.0), "added": (0.25, 1.0)}  # of yields: ratio and weight
 KEPT = 16  # measurements of a part, and of a plain step, that count: the latest
 FEW = 3  # measurements of a part, below which its cost may be no more than that of its first runs
 LONG_AGO = 32  # cycles after which plain steps of before count for little: machines get slower and faster
@@ -123,7 +123,7 @@ class Tally:
     def ratio(self) -> float:
         return (self.prior * self.weight + self.of) / (self.weight + self.to)
 
-    def begun(self, most: float = 16.0) -> "Tally":
+    def begun(self, most: float = 4.0) -> "Tally":
         """A copy for one call: what was known before counts for no more than `most`."""
         share = min(1.0, most / self.to) if self.to > 0 else 1.0
         return Tally(self.prior, self.weight, self.keeps, share * self.of, share * self.to)
@@ -222,11 +222,11 @@ class CostTable:
     since_plain: int = 0  # cycles
     cycles: int = 0
     last_plain: int = 0  # by number of cycles, when one was measured
-    # By kind of cycle, "first" or "both": accepted tokens to what their probabilities said. By "gain:K": what a second
-    # draft of K blocks adds, in tokens, to the probability that the text comes to its prefixes. By "cycle:K:N",
-    # of recorded cycles with trees of N nodes: tokens to cycles.
+    # By kind of cycle, "first" or "both", and whether its tree is large: accepted tokens to what their probabilities
+    # said. By "added:S", what drafts added to the text so far in situation S, in tokens, to cycles. By "gain:K": what
+    # a second draft of K blocks adds, in tokens, to the probability that the text comes to its prefixes. By
+    # "cycle:K:N", of recorded cycles with trees of N nodes: tokens to cycles.
     yields: dict[str, Tally] = field(default_factory=dict)
-    trust: float = 0.0  # what drafting gained lately, in plain steps a cycle
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @classmethod
@@ -304,7 +304,6 @@ class CostTable:
             "plain_step_seconds": median(self.unit) if self.unit else None,
             "plain_steps": self.plain_steps,
             "cycles": self.cycles,
-            "trust": self.trust,
             "yields": {kind: {"of": tally.of, "to": tally.to} for kind, tally in self.yields.items()},
             "parts": {name: curve.as_dict() for name, curve in self.curves.items()},
         }
@@ -314,7 +313,7 @@ class CostTable:
         table = cls({name: Curve.from_dict(saved["parts"][name]) for name in PARTS})
         seconds = saved["plain_step_seconds"]
         table.unit = [] if seconds is None else [float(seconds)]
-        table.plain_steps, table.cycles, table.trust = saved["plain_steps"], saved["cycles"], saved["trust"]
+        table.plain_steps, table.cycles = saved["plain_steps"], saved["cycles"]
         table.last_plain = table.cycles
         for kind, sums in saved["yields"].items():
             tally = table.yielded(kind)

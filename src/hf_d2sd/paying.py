@@ -4,20 +4,24 @@ All of it is one rule, `best`, applied to what is known at each step of a cycle.
 (`costs.py`), the probabilities are the drafts' own, corrected by how often they were right.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from .costs import FIRST, ONCE, PASS, REST, SECOND, SIZES, CostTable, Part, Stopwatch, Tally
 
-SHARE = 0.02  # of a call's time that trying may cost, beside what it begins with
-BEGINNING, LEAST = 1.0, 0.6  # plain steps that a call may lose before anything was gained; where drafts lost of late
+SHARE = 0.01  # of a call's time that trying may cost, beside what it begins with
+BEGINNING = 1.5  # plain steps that a call may lose before anything was gained
 MOST = 4.0  # plain steps of gains that may be lost again
+LUCK = 1.5  # plain steps that a call may fall short of what was expected, before it is thought to be no chance
 LONGEST = 64.0  # plain steps between tries, however often they lost
+FEW = 8  # nodes of a tree, up to which the drafts' surest tokens are most of it
 EVERY = 4  # in the first cycles, each so many take a size that was not measured yet
 LEARNING = 64  # cycles
 
 PLAIN, FREE, ONLY_FIRST, BOTH = "plain", "free", "first", "both"  # kinds of cycles
+SHAPES = (PLAIN, ONLY_FIRST, BOTH)  # kinds of recorded cycles
 _KINDS = {PLAIN: "plain", FREE: "the text so far", ONLY_FIRST: "first drafter", BOTH: "both drafters"}  # in words
 
 
@@ -71,45 +75,36 @@ def trees(reach: Sequence[float], cost: Callable[[int], float], rows: int, sizes
 class Purse:
     """What trying may still cost a call, in plain steps: a bound of what drafts that do not pay take from it.
 
-    A call may lose `beginning` and a share `SHARE` of the plain steps that its tokens would take; what drafts gained
-    it may lose again, up to `MOST`. While drafts lose, those that are tried become rarer.
+    A call may lose `BEGINNING` and a share `SHARE` of the plain steps that its tokens would take; what drafts gained it
+    may lose again, up to `MOST`. All that is by what was expected: tokens themselves come by luck, and a few unlucky
+    cycles must not end what pays. But no call falls short of it by more than `LUCK`, whatever its drafts promise.
+    While drafts lose, those that are tried become rarer.
     """
 
-    def __init__(self, beginning: float = BEGINNING):
-        self.held = beginning
-        self.streak = 0.0  # of gains and losses, the latest count most
+    def __init__(self):
+        self.held = self.real = BEGINNING  # by what was expected, and by what came
         self.wait = 0.0  # plain steps from a try that lost to the next one
         self.waited = 0.0
 
-    @property
-    def gains(self) -> bool:
-        """Whether drafting has paid lately, as far as is known."""
-        return self.streak >= 0
-
     def affords(self, price: float) -> bool:
         """Whether so much may be lost."""
-        return price <= self.held
+        return price <= min(self.held, self.real + LUCK)
 
-    def tries(self, price: float) -> bool:
-        """Whether it is time to try something that could lose so much."""
-        return self.affords(price) and (self.gains or self.waited >= self.wait)
+    @property
+    def is_time(self) -> bool:
+        """Whether to try once more what lost before."""
+        return self.waited >= self.wait
 
-    def saw(self, steps: float, cost: float | None = None) -> None:
-        """A cycle yielded what `steps` plain steps yield, at that cost; `None`: it was one."""
-        net = 0.0 if cost is None else steps - cost
-        self.held = min(self.held + SHARE * steps + net, MOST)
-        self.waited += steps
-        if cost is not None:
-            self.streak = 0.8 * self.streak + net
-            self.wait, self.waited = 0.0 if net > 0 else min(max(2 * self.wait, 1.0), LONGEST), 0.0
+    def saw(self, expected: float, cost: float = 1.0, got: float | None = None) -> None:
+        """A cycle was to be worth so many plain steps, cost so many, and gave as much if nothing else is said."""
+        got = expected if got is None else got
+        self.held = min(self.held + SHARE * got + expected - cost, MOST)
+        self.real = min(self.real + SHARE * got + got - cost, MOST)
+        self.waited += got
 
-
-def beginning(trust: float) -> float:
-    """What a call may lose at first, by what drafting gained in calls before, in plain steps a cycle.
-
-    Never nothing: a few cycles that lost, a process's first ones say, must not keep every later call from drafting.
-    """
-    return min(max(BEGINNING + 4 * trust, LEAST), BEGINNING)
+    def tried(self, gained: float) -> None:
+        """What was tried is expected to gain so much, or to lose it."""
+        self.wait, self.waited = 0.0 if gained > 0 else min(max(4 * self.wait, 2.0), LONGEST), 0.0
 
 
 @dataclass
@@ -138,6 +133,11 @@ class Decisions:
         )
 
 
+def situation(more: float) -> str:
+    """Which of a few kinds a cycle is of, before anything is drafted: by the tokens that the text so far promises."""
+    return "nothing" if more <= 0 else "a token" if more < 1 else "more" if more < 3 else "much more"
+
+
 class Pace:
     """Decides for one call, cycle by cycle, and learns from what came of it.
 
@@ -159,11 +159,9 @@ class Pace:
         self._counts += [most_branches] if most_branches else []
         self._sizes = [size for size in SIZES if size <= most_nodes]
         self.decisions = Decisions()
-        self.purse = Purse(0.0)
-        self._has_begun = False
+        self.purse = Purse()
         self._have_run: set[str] = set()  # drafters, by their parts
         self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
-        self._drafted = Tally(0.0, 0.0, keeps=0.9)  # what cycles with a draft are worth, a row
         self._yields: dict[str, Tally] = {}
         self._expected: list[float] = []  # costs of the cycles whose times are not known yet
         self._where: list[CostTable] = []  # and their tables
@@ -173,11 +171,9 @@ class Pace:
     def begin(self, rows: int, length: int) -> None:
         """A cycle begins, of so many rows, the longest of `length` tokens."""
         self.rows, self.table = rows, self._table_at(rows, length)
-        if not self._has_begun:
-            self.purse, self._has_begun = Purse(beginning(self.table.trust)), True
         self._parts: list[Part] = []
         self._kind, self._reason, self._measures = PLAIN, "no room for more than a token", False
-        self._raw = self._before = self._prefixes = 0.0
+        self._raw = self._without = self._before = self._prefixes = 0.0
         self.watch.start()
 
     def drafts(self, reach: Sequence[float], has_drafter: bool = True) -> bool:
@@ -193,15 +189,13 @@ class Pace:
             return False
         if not has_drafter:
             return False
-        if not self.purse.tries(table.hoped(FIRST, 1) + table.curves[REST](1)):
+        without = self._best_tree(self._kind, reach)
+        self._without, self._situation = without.value(self.rate), situation(without.tokens / self.rows - 1)
+        if not self.purse.affords(table.hoped(FIRST, 1) + table.curves[REST](1) + self._more):
             self._reason = "drafts do not pay here"
             return False
-        if (
-            reach
-            and self._drafted.to
-            and self._drafted.ratio < self._best_tree(FREE, reach).value(self.rate) / self.rows
-        ):
-            self._reason = "the text so far does as well"
+        if self._added.ratio <= 0 and not self.purse.is_time:
+            self._reason = "the text so far does as well" if without.what > 1 else "drafts do not pay here"
             return False
         self._kind = ONLY_FIRST
         return True
@@ -211,7 +205,7 @@ class Pace:
         self._before = self._best_tree(ONLY_FIRST, reach).value(self.rate)
         offers = [Offer(0, 0.0, 0.0)]
         for count in self._counts:
-            cost = self.table.of(*self._parts) + self.table.hoped(SECOND, count)
+            cost = self.table.of(*self._parts) + self.table.hoped(SECOND, count) + self._more
             if self.purse.affords(cost):
                 offers.append(Offer(count, self._gain(count) * sum(reach[:count]), self.table.curves[SECOND](count)))
         count = self._untried([offer.what for offer in offers if offer.what]) or best(offers, self.rate).what
@@ -225,6 +219,11 @@ class Pace:
             self._kind, self._reason = PLAIN, self._reason or "nothing to check"
             return 1
         tree = self._best_tree(self._kind, reach)
+        if self._kind in (ONLY_FIRST, BOTH):
+            added = (tree.value(self.rate) - self._without) / self.rows
+            self.purse.tried(added)
+            for tally in (self._added, self.table.yielded(f"added:{self._situation}")):
+                tally.add(added, 1.0)
         if self._kind == BOTH:
             gain = self._tally(f"gain:{self._count}")
             gain_now = tree.value(self.rate) - self._before
@@ -254,22 +253,16 @@ class Pace:
         table, parts = self.table, tuple(self._parts)
         cost, plain = table.of(*parts), parts == ((PASS, 1),)
         table.since_plain = 0 if plain else table.since_plain + 1
-        steps = tokens / self.rows
-        self.purse.saw(steps, None if plain else cost)
-        self._rate.add(steps, cost)
+        right = self._right(self._kind, dict(parts)[PASS])
         if not plain:
-            self._learn(steps, cost, accepted)
-        self.decisions.tokens += steps
+            with table.lock:
+                for tally in (self._tally(right), table.yielded(right)):
+                    tally.add(accepted, self._raw)
+        got, expected = tokens / self.rows, 1 + self._tally(right).ratio * self._raw / self.rows
+        self.purse.saw(expected, cost, got)
+        self._rate.add(expected, cost)
+        self.decisions.tokens += got
         self._note(cost)
-
-    def _learn(self, steps: float, cost: float, accepted: int) -> None:
-        table = self.table
-        with table.lock:
-            table.trust = 0.95 * table.trust + 0.05 * (steps - cost)
-            for tally in (self._tally(self._kind), table.yielded(self._kind)):
-                tally.add(accepted, self._raw)
-        if self._kind in (ONLY_FIRST, BOTH):
-            self._drafted.add(steps - self.rate / self.rows * cost, 1.0)
 
     def _note(self, cost: float) -> None:
         decisions, parts = self.decisions, dict(self._parts)
@@ -299,18 +292,35 @@ class Pace:
             self._yields[kind] = self.table.yielded(kind).begun()
         return self._yields[kind]
 
+    @property
+    def _more(self) -> float:
+        """What a pass over the smallest tree costs beside a plain step: drafts that cannot be checked are for nothing."""
+        return max(self.table.hoped(PASS, self._sizes[1]) - 1, 0.0) if self._sizes[1:] else 0.0
+
+    @property
+    def _added(self) -> Tally:
+        return self._tally(f"added:{self._situation}")
+
     def _gain(self, count: int) -> float:
         return max(self._tally(f"gain:{count}").ratio, 0.0)
 
     def _best_tree(self, kind: str, reach: Sequence[float]) -> Offer:
         """Of the trees that the purse affords."""
-        right, spent = self._tally(kind).ratio, tuple(self._parts)
+        spent, offers = tuple(self._parts), []
 
         def cost(size: int) -> float:
             return self.table.of(*spent, (PASS, size))
 
         sizes = [size for size in self._sizes if size == 1 or self.purse.affords(cost(size) - 1)]
-        return best(trees([right * p for p in reach], cost, self.rows, sizes), self.rate)
+        for name, group in itertools.groupby(sizes, lambda size: self._right(kind, size)):
+            right = self._tally(name).ratio
+            offers += trees([right * p for p in reach], cost, self.rows, group)
+        return best(offers, self.rate)
+
+    @staticmethod
+    def _right(kind: str, size: int) -> str:
+        """The tally that corrects the probabilities of such trees: large ones are chosen where much is promised."""
+        return f"{kind}, {'few' if size <= FEW else 'many'} nodes"
 
     def _untried(self, counts: list[int]) -> int | None:
         """Now and then one of these numbers of branches, whatever it promises: else nothing would be known of it."""
@@ -354,7 +364,7 @@ class ShapePace:
     def __init__(self, shapes: list[tuple[int, int]], table: CostTable, watch: Stopwatch):
         self.shapes, self.table, self.watch = shapes, table, watch
         self.decisions = Decisions()
-        self.purse = Purse(beginning(table.trust))
+        self.purse = Purse()
         self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
         self._shared = [table.yielded(f"cycle:{branches}:{nodes}") for nodes, branches in shapes]
         self._yields = [tally.begun() for tally in self._shared]
@@ -380,18 +390,21 @@ class ShapePace:
         """What a cycle of this shape gave: tokens by row, 0 for one that had ended before."""
         table, (nodes, branches), cost = self.table, self.shapes[shape], self._cost(shape)
         steps = sum(counts) / max(sum(count > 0 for count in counts), 1)
-        self.purse.saw(steps, cost if shape else None)
-        self._rate.add(steps, cost)
         with table.lock:
             table.since_plain = table.since_plain + 1 if shape else 0
-            table.trust = 0.95 * table.trust + 0.05 * (steps - cost) if shape else table.trust
             for tally in (self._yields[shape], self._shared[shape]):
                 tally.add(steps, 1.0)
+        expected, reason = self._tokens(shape), self._reasons.pop(0)
+        self._rate.add(expected, cost)
+        if reason != _FORCED:
+            self.purse.saw(expected, cost, steps)
+        if shape and reason != _FORCED:
+            self.purse.tried(expected - cost)
         decisions = self.decisions
-        decisions.kinds[(PLAIN, ONLY_FIRST, BOTH)[shape]] += 1
+        decisions.kinds[SHAPES[shape]] += 1
         decisions.nodes[nodes] += 1
         decisions.branches[branches] += 1
-        decisions.reasons[self._reasons.pop(0)] += 1
+        decisions.reasons[reason] += 1
         decisions.tokens += steps
         for seconds in self.watch.finished():
             decisions.predicted += self._expected.pop(0)
@@ -401,22 +414,20 @@ class ShapePace:
         """Of these shapes one, and why."""
         table, purse = self.table, self.purse
         if allowed[0]:
-            return self._best(allowed), "a drafter must read on"
+            return self._best(allowed), _FORCED
         if not table.is_measured:
             return 0, "measuring a plain step"
         if table.is_due:
             return 0, "measuring a plain step again"
-        drafting = [shape for shape in allowed[1:] if purse.tries(self._cost(shape) - 1)]
-        if not drafting:
+        drafting = [shape for shape in allowed[1:] if purse.affords(self._cost(shape) - 1)]
+        found = self._best([0, *drafting])
+        if not drafting or not (found or purse.is_time):
             return 0, "drafts do not pay here"
         self._tries += 1
         new = [shape for shape in drafting if table.curves[PASS].counts.get(self.shapes[shape][0], 0) < 2]
         if new and self._tries % EVERY == 1:
             return new[0], "measuring this shape"
-        found = self._best([0, *drafting])
-        if found == 0 and purse.waited >= max(purse.wait, 1.0):
-            return self._best(drafting), "trying whether drafts pay"
-        return found, _REASONS.get((PLAIN, ONLY_FIRST, BOTH)[found], "drafts do not pay here")
+        return found or self._best(drafting), _REASONS.get(SHAPES[found], "trying whether drafts pay")
 
     def _best(self, shapes: Sequence[int]) -> int:
         rate = max(1.0, self._rate.ratio)
@@ -429,6 +440,7 @@ class ShapePace:
         return self.table.of((PASS, self.shapes[shape][0]))
 
 
+_FORCED = "a drafter must read on"
 _REASONS = {
     FREE: "the text so far pays",
     ONLY_FIRST: "the first draft pays, the second would not",
