@@ -53,6 +53,7 @@ ROWS = {
     "wide tree, first drafter reused": "reuse:width={width},budget={nodes}",
     "wide tree, D²SD": "d2sd-wide",
     "wide tree, D²SD, a third level": "d2sd-wide:levels=3",
+    "wide tree, D²SD, a fourth level": "d2sd-wide:levels=4",
     "the text so far alone": "context",
     "wide tree, D²SD and the text so far": "d2sd-context",
     "wide tree, D²SD, a third level and the text so far": "d2sd-context:levels=3",

@@ -339,8 +339,8 @@ def test_the_second_drafter_is_not_asked_where_its_drafts_could_not_be_checked()
     """All that is left to lose would go into drafts, and nothing into the pass over them."""
     table = measured_table(second=0.3, node=0.1)
     likely = [0.99] * 8
-    assert decided(likely, likely, table, held=0.65)[1] == 1
-    assert decided(likely, likely, table, held=0.55)[1] == 0
+    assert decided(likely, likely, table, held=1.3)[1] == 1
+    assert decided(likely, likely, table, held=1.1)[1] == 0
 
 
 def test_a_calls_first_draft_tells_nothing_of_what_drafts_cost():

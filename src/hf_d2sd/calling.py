@@ -1,5 +1,6 @@
 """One call of `generate`: what decoding works on is made from its arguments, and what it returns from the outcome."""
 
+import functools
 import weakref
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from .cache import TreeCache, check_supported, is_recurrent, save_contexts, save
 from .choosing import Choosers, Record
 from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, own_cache_class, pad_token
 from .context import ContextSource
-from .costs import Place, Stopwatch, costs_of, guess
+from .costs import Place, Stopwatch, context_of, costs_of, guess
 from .decoding import Batch, decode
 from .drafting import DraftContext, Drafter
 from .graphs import cycles_of
@@ -110,9 +111,13 @@ def _open_pace(
         return None
     costs, networks = costs_of(assistant), [drafter.model for drafter in drafters]
 
-    def table_at(rows: int, length: int):
-        place = Place.of(worker.model, worker.device, rows, length)
+    @functools.cache
+    def table_for(rows: int, context: int):
+        place = Place.of(worker.model, worker.device, rows, context)
         return costs.at(place, lambda: guess(place, worker.model, networks))
+
+    def table_at(rows: int, length: int):
+        return table_for(rows, context_of(length))
 
     branches = options.num_branches if options.redrafts else 0
     pace = Pace(table_at, Stopwatch(worker.device), branches, options.tree_budget or MOST_NODES)

@@ -95,14 +95,21 @@ class Place:
         sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         rows = rows if rows <= 4 else 1 << (rows - 1).bit_length()
-        context = next(1024 * 4**i for i in range(16) if length <= 1024 * 4**i)
         dtype = str(model.dtype).removeprefix("torch.")
         target = f"{type(model).__name__} {'x'.join(map(str, sizes))}"
-        return cls(target, dtype, name, torch.get_num_threads(), rows, context)
+        return cls(target, dtype, name, torch.get_num_threads(), rows, context_of(length))
 
     def __str__(self) -> str:
         place = f"{self.target}, {self.dtype}, {self.device}, {self.threads} threads"
         return f"{place}, {self.rows} rows, {self.context} tokens"
+
+
+def context_of(length: int) -> int:
+    """Of a place, by the tokens in the cache."""
+    context = 1024
+    while context < length:
+        context *= 4
+    return context
 
 
 @dataclass

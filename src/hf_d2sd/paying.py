@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from .costs import FIRST, ONCE, PASS, REST, SECOND, SIZES, CostTable, Part, Stopwatch, Tally
 
 SHARE = 0.01  # of a call's time that trying may cost, beside what it begins with
-BEGINNING = 1.5  # plain steps that a call may lose before anything was gained
+BEGINNING = 1.0  # plain steps that a call may lose before anything was gained
 MOST = 4.0  # plain steps of gains that may be lost again
-LUCK = 1.5  # plain steps that a call may fall short of what was expected, before it is thought to be no chance
+LUCK = 1.0  # plain steps that a call may fall short of what was expected, before it is thought to be no chance
 LONGEST = 64.0  # plain steps between tries, however often they lost
 FEW = 8  # nodes of a tree, up to which the drafts' surest tokens are most of it
 EVERY = 4  # in the first cycles, each so many take a size that was not measured yet
@@ -75,10 +75,11 @@ def trees(reach: Sequence[float], cost: Callable[[int], float], rows: int, sizes
 class Purse:
     """What trying may still cost a call, in plain steps: a bound of what drafts that do not pay take from it.
 
-    A call may lose `BEGINNING` and a share `SHARE` of the plain steps that its tokens would take; what drafts gained it
-    may lose again, up to `MOST`. All that is by what was expected: tokens themselves come by luck, and a few unlucky
-    cycles must not end what pays. But no call falls short of it by more than `LUCK`, whatever its drafts promise.
-    While drafts lose, those that are tried become rarer.
+    A call may lose `BEGINNING` and a share `SHARE` of the plain steps that its tokens would take; what drafts gained
+    it may lose again, up to `MOST`. All that is by what was expected: tokens themselves come by luck, and a few
+    unlucky cycles must not end what pays. But no call falls short of it by more than `LUCK`, whatever its drafts
+    promise. No cycle may take more than half of what is left, or what is above `BEGINNING`, so that there are tries
+    enough; while they lose, they become rarer.
     """
 
     def __init__(self):
@@ -88,7 +89,8 @@ class Purse:
 
     def affords(self, price: float) -> bool:
         """Whether so much may be lost."""
-        return price <= min(self.held, self.real + LUCK)
+        left = min(self.held, self.real + LUCK)
+        return price <= max(left / 2, left - BEGINNING)
 
     @property
     def is_time(self) -> bool:
@@ -173,7 +175,7 @@ class Pace:
         self.rows, self.table = rows, self._table_at(rows, length)
         self._parts: list[Part] = []
         self._kind, self._reason, self._measures = PLAIN, "no room for more than a token", False
-        self._raw = self._without = self._before = self._prefixes = 0.0
+        self._raw = self._before = self._prefixes = 0.0
         self.watch.start()
 
     def drafts(self, reach: Sequence[float], has_drafter: bool = True) -> bool:
@@ -187,10 +189,10 @@ class Pace:
         if self._measures:
             self._reason = "measuring a plain step again"
             return False
+        without = self._without = self._best_tree(self._kind, reach)
         if not has_drafter:
             return False
-        without = self._best_tree(self._kind, reach)
-        self._without, self._situation = without.value(self.rate), situation(without.tokens / self.rows - 1)
+        self._situation = situation(without.tokens / self.rows - 1)
         if not self.purse.affords(table.hoped(FIRST, 1) + table.curves[REST](1) + self._more):
             self._reason = "drafts do not pay here"
             return False
@@ -218,9 +220,9 @@ class Pace:
         if self._kind in (PLAIN, FREE) and (not reach or self._measures):
             self._kind, self._reason = PLAIN, self._reason or "nothing to check"
             return 1
-        tree = self._best_tree(self._kind, reach)
+        tree = self._without if self._kind == FREE else self._best_tree(self._kind, reach)
         if self._kind in (ONLY_FIRST, BOTH):
-            added = (tree.value(self.rate) - self._without) / self.rows
+            added = (tree.value(self.rate) - self._without.value(self.rate)) / self.rows
             self.purse.tried(added)
             for tally in (self._added, self.table.yielded(f"added:{self._situation}")):
                 tally.add(added, 1.0)
@@ -294,7 +296,7 @@ class Pace:
 
     @property
     def _more(self) -> float:
-        """What a pass over the smallest tree costs beside a plain step: drafts that cannot be checked are for nothing."""
+        """What a pass over the smallest tree costs beside a plain step: drafts are for nothing without one."""
         return max(self.table.hoped(PASS, self._sizes[1]) - 1, 0.0) if self._sizes[1:] else 0.0
 
     @property
