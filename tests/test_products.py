@@ -297,3 +297,16 @@ def test_trees_are_verified_by_these_products_and_the_text_is_plain_decodings(op
     assert ours.tolist() == plain.tolist()
     assert models and all(one is not target for one in models)
     assert any(key[1] == target.lm_head.weight.shape for key in products._choices)
+
+
+@pytest.mark.parametrize(("rows", "twin"), [(1, False), (3, True)])
+def test_plain_steps_of_a_batch_take_these_products_too(rows, twin, turned, monkeypatch):
+    """Of a single row the stock product is as fast, and its plain step is plain decoding's own."""
+    target, assistant = copy.deepcopy(tiny_target("llama")), tiny_assistant(4, 6)
+    ids = prompt(9).expand(rows, -1).contiguous()
+    plain = target.generate(ids, do_sample=False, max_new_tokens=8)
+    taken, forward = [], Target._forward
+    monkeypatch.setattr(Target, "_forward", lambda self, inputs: taken.append(len(self.rows)) or forward(self, inputs))
+    ours = target.generate(ids, do_sample=False, max_new_tokens=8, assistant_model=assistant, d2sd_tree_budget=1)
+    assert ours.tolist() == plain.tolist()
+    assert taken == ([rows] * 7 if twin else [])

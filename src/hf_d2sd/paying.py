@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from .costs import FIRST, ONCE, PASS, REST, SECOND, SIZES, CostTable, Part, Stopwatch, Tally
 
 SHARE = 0.01  # of a call's time that trying may cost, beside what it begins with
-BEGINNING = 1.0  # plain steps that a call may lose before anything was gained
+BEGINNING = 1.5  # plain steps that a call may lose before anything was gained
 MOST = 4.0  # plain steps of gains that may be lost again
 LUCK = 1.0  # plain steps that a call may fall short of what was expected, before it is thought to be no chance
 LONGEST = 64.0  # plain steps between tries, however often they lost
