@@ -339,8 +339,8 @@ def test_the_second_drafter_is_not_asked_where_its_drafts_could_not_be_checked()
     """All that is left to lose would go into drafts, and nothing into the pass over them."""
     table = measured_table(second=0.3, node=0.1)
     likely = [0.99] * 8
-    assert decided(likely, likely, table, held=1.3)[1] == 1
-    assert decided(likely, likely, table, held=1.1)[1] == 0
+    assert decided(likely, likely, table, held=0.65)[1] == 1
+    assert decided(likely, likely, table, held=0.55)[1] == 0
 
 
 def test_a_calls_first_draft_tells_nothing_of_what_drafts_cost():
@@ -372,3 +372,17 @@ def test_what_was_measured_once_seems_no_dearer_than_guessed():
         assert table.hoped(FIRST, 1) == pytest.approx(guessed)
         table.curves[FIRST].add(1, measured)
     assert table.hoped(FIRST, 1) == 9.0
+
+
+def test_first_passes_that_were_dear_do_not_keep_trees_from_being_checked():
+    """They time products and make what is made once; a pass that is never tried again is never known better."""
+    table = CostTable.guessed(0.05, 0.05, 0.1, 0.1, 1, 8)
+    for seconds in (0.01, 0.01):
+        table.see({(PASS, 1): seconds})
+    table.see({(FIRST, 1): 0.001, (PASS, 4): 0.05, (REST, 1): 0.0005})
+    assert table.curves[PASS](4) > 4
+    likely = [0.9, 0.8, 0.7]
+    assert decided(likely, likely, table, held=BEGINNING)[2] == 4
+    for _ in range(3):
+        table.see({(FIRST, 1): 0.001, (PASS, 4): 0.05, (REST, 1): 0.0005})
+    assert decided(likely, likely, table, held=BEGINNING)[2] < 4

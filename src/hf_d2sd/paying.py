@@ -14,7 +14,7 @@ from .costs import FIRST, ONCE, PASS, REST, SECOND, SIZES, CostTable, Part, Stop
 SHARE = 0.01  # of a call's time that trying may cost, beside what it begins with
 BEGINNING = 1.5  # plain steps that a call may lose before anything was gained
 MOST = 4.0  # plain steps of gains that may be lost again
-LUCK = 1.0  # plain steps that a call may fall short of what was expected, before it is thought to be no chance
+LUCK = 1.5  # plain steps that a call may fall short of what was expected, before it is thought to be no chance
 LONGEST = 64.0  # plain steps between tries, however often they lost
 FEW = 8  # nodes of a tree, up to which the drafts' surest tokens are most of it
 EVERY = 4  # in the first cycles, each so many take a size that was not measured yet
@@ -78,8 +78,7 @@ class Purse:
     A call may lose `BEGINNING` and a share `SHARE` of the plain steps that its tokens would take; what drafts gained
     it may lose again, up to `MOST`. All that is by what was expected: tokens themselves come by luck, and a few
     unlucky cycles must not end what pays. But no call falls short of it by more than `LUCK`, whatever its drafts
-    promise. No cycle may take more than half of what is left, or what is above `BEGINNING`, so that there are tries
-    enough; while they lose, they become rarer.
+    promise. While drafts lose, those that are tried become rarer.
     """
 
     def __init__(self):
@@ -89,8 +88,7 @@ class Purse:
 
     def affords(self, price: float) -> bool:
         """Whether so much may be lost."""
-        left = min(self.held, self.real + LUCK)
-        return price <= max(left / 2, left - BEGINNING)
+        return price <= min(self.held, self.real + LUCK)
 
     @property
     def is_time(self) -> bool:
@@ -311,7 +309,7 @@ class Pace:
         spent, offers = tuple(self._parts), []
 
         def cost(size: int) -> float:
-            return self.table.of(*spent, (PASS, size))
+            return self.table.of(*spent) + self.table.hoped(PASS, size) if spent or size > 1 else 1.0
 
         sizes = [size for size in self._sizes if size == 1 or self.purse.affords(cost(size) - 1)]
         for name, group in itertools.groupby(sizes, lambda size: self._right(kind, size)):
