@@ -177,11 +177,12 @@ def test_the_readme_is_short():
     assert len(re.findall(r"^\|[-|]+\|$", text, re.M)) == 1, "one table"
 
 
-def test_speeds_are_those_of_the_result_file():
+@pytest.mark.parametrize(("table", "run"), enumerate(["bench-smollm2-float32", "bench-smollm2-bfloat16"]))
+def test_speeds_are_those_of_the_result_file(table, run):
     """Rows in the order of the run, but plain decoding, which all are measured against."""
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").split("\n## Speed\n")[1]
-    rows = [line.split(" | ")[1:] for line in page.split("|---|\n")[1].split("\n\n")[0].splitlines()]
-    folder = ROOT / "benchmarks" / "results" / "bench-smollm2-bfloat16"
+    rows = [line.split(" | ")[1:] for line in page.split("|---|\n")[1 + table].split("\n\n")[0].splitlines()]
+    folder = ROOT / "benchmarks" / "results" / run
     cells = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["cells"]
     assert len(rows) == len(cells) - 1
     for shown, (name, groups) in zip(rows, list(cells.items())[1:]):
