@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    refuse_unwritable_file(options.out)
+    refuse_unwritable_file("--out", options.out, makes_folder=True)
     torch.set_num_threads(options.threads)
     model, tokenizer = load_smollm2(getattr(torch, options.dtype))
     assistant = D2SDAssistant.from_pretrained(options.pair, dtype=model.dtype)
