@@ -273,6 +273,21 @@ def test_drafts_whose_words_do_not_hold_are_believed_less():
     assert sizes[0] == 4 and sum(size > 1 for size in sizes[-30:]) <= 10, sizes
 
 
+def test_a_few_unlucky_cycles_in_a_row_do_not_end_what_pays():
+    """Each promises 0.95 tokens more for a cost of 0.3, and gives none: what was gained counts by the promise."""
+    table, reach = measured_table(second=9.0), [0.5, 0.3, 0.15]
+    pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
+    for cycle in range(6):
+        pace.begin(1, 10)
+        assert pace.drafts([]), (cycle, pace.purse.held, pace.purse.real)
+        pace.mark(FIRST)
+        pace.branches(reach)
+        nodes = pace.nodes(reach)
+        assert nodes > 1
+        pace.mark(PASS, nodes)
+        pace.end(tokens=1, accepted=0)
+
+
 def a_call(reach, new: int, right: float, seed: int = 0, free: bool = False) -> tuple[float, Pace]:
     """Plain steps lost in a call of so many tokens, and what decided.
 
