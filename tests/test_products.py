@@ -41,11 +41,12 @@ class Clock:
 
 @pytest.fixture
 def turned(monkeypatch):
-    """Of every size, and always the product that is turned around."""
+    """Of every size, and always the last way: turned around, converted, or shared."""
     monkeypatch.setattr(products, "_LEAST_WEIGHT", 0)
-    ways = {dtype: (ways[-1],) for dtype, ways in products._WAYS.items()}
     monkeypatch.setattr(products.Choice, "fastest", lambda self: self.times[0][0])
-    monkeypatch.setattr(products, "_WAYS", ways)
+    for ways in (products._WAYS, products._ONE_ROW):
+        for dtype in ways:
+            monkeypatch.setitem(ways, dtype, ways[dtype][-1:])
 
 
 def weight_of(rows: int = 192, columns: int = 176, dtype=torch.float32) -> torch.Tensor:
@@ -60,7 +61,7 @@ def test_every_way_gives_what_linear_gives(dtype, with_bias, monkeypatch):
     for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 63, 64):
         x = torch.randn(rows, 171).to(dtype)
         exact = stock(x.double(), weight.double(), None if bias is None else bias.double())
-        for way in products._WAYS[dtype]:
+        for way in {*products._WAYS[dtype], *(products._ONE_ROW[dtype] if rows == 1 else ())}:
             product = way(x, weight, bias)
             assert product.shape == (rows, 193) and product.dtype == dtype and product.is_contiguous()
             torch.testing.assert_close(product.double(), exact, **CLOSE[dtype])
@@ -299,9 +300,25 @@ def test_trees_are_verified_by_these_products_and_the_text_is_plain_decodings(op
     assert any(key[1] == target.lm_head.weight.shape for key in products._choices)
 
 
-@pytest.mark.parametrize(("rows", "twin"), [(1, False), (3, True)])
-def test_plain_steps_of_a_batch_take_these_products_too(rows, twin, turned, monkeypatch):
-    """Of a single row the stock product is as fast, and its plain step is plain decoding's own."""
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_a_row_is_shared_by_as_many_threads_as_divide_the_weight(threads):
+    weight, x = weight_of(192, 171), torch.randn(1, 1, 171)
+    torch.set_num_threads(threads)
+    assert len(products._parts_of(weight)) == {1: 1, 2: 2, 3: 3, 5: 1}[threads]
+    torch.testing.assert_close(products._shared(x, weight, None), stock(x, weight), **CLOSE[torch.float32])
+
+
+def test_a_single_row_has_ways_of_its_own(monkeypatch):
+    Clock(monkeypatch, 1e-4, 2e-4)  # the last way is tried first
+    weight = weight_of()
+    for rows in (1, 2):
+        for _ in range(2 * products._SAMPLES):
+            products.linear(torch.randn(1, rows, 176), weight)
+    assert [choice.best for choice in products._choices.values()] == [products._shared, products._turned]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_plain_steps_take_these_products_too(rows, turned, monkeypatch):
     target, assistant = copy.deepcopy(tiny_target("llama")), tiny_assistant(4, 6)
     ids = prompt(9).expand(rows, -1).contiguous()
     plain = target.generate(ids, do_sample=False, max_new_tokens=8)
@@ -309,4 +326,4 @@ def test_plain_steps_of_a_batch_take_these_products_too(rows, twin, turned, monk
     monkeypatch.setattr(Target, "_forward", lambda self, inputs: taken.append(len(self.rows)) or forward(self, inputs))
     ours = target.generate(ids, do_sample=False, max_new_tokens=8, assistant_model=assistant, d2sd_tree_budget=1)
     assert ours.tolist() == plain.tolist()
-    assert taken == ([rows] * 7 if twin else [])
+    assert taken == [rows] * 7 and {key[2] for key in products._choices} >= {1 if rows == 1 else 4}

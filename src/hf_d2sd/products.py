@@ -1,12 +1,14 @@
 """Few rows times a linear layer's weight on a CPU, each shape by the way that measured fastest there.
 
-Libraries of products are made for many rows, or one. For the rows of a tree the same product written the other way
-around, weight times rows, may take a third of the time; and without units for bfloat16 a weight that is converted slab
-by slab, in the processor's cache, less than a kernel that emulates them. Which way wins follows from the machine, the
-shape and the threads: a shape's first products take the ways in turn and are timed, which asks for no other work.
+Libraries of products are made for many rows, or one, and some read the weight of one row by a single thread, which
+takes twice as long on two cores. For the rows of a tree the same product written the other way around, weight times
+rows, may take a third of the time; and without units for bfloat16 a weight that is converted slab by slab, in the
+processor's cache, less than a kernel that emulates them. Which way wins follows from the machine, the shape and the
+threads: a shape's first products take the ways in turn and are timed, which asks for no other work.
 A module of its own because targets' layers, drafters' layers and heads share it, and it knows nothing of any of them.
 """
 
+import math
 import time
 from collections.abc import Callable
 
@@ -40,7 +42,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.numel() // x.shape[-1]
     size = 1 if rows == 1 else _SIZE_OF[rows]
     key = x.dtype, weight.shape, size, bias is None, torch.get_num_threads()
-    choice = _choices.get(key) or _choices.setdefault(key, Choice(_WAYS[x.dtype]))
+    choice = _choices.get(key) or _choices.setdefault(key, Choice((_ONE_ROW if rows == 1 else _WAYS)[x.dtype]))
     return choice(x, weight, bias)
 
 
@@ -118,11 +120,26 @@ def _converted(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _rows_of(torch.cat(parts) if len(parts) > 1 else parts[0], x, bias)
 
 
+def _shared(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Of one row: each thread's part of the weight times it, as one of a batch of products."""
+    parts = _parts_of(weight)
+    # A column that is a row turned: of other strides the batch's products are slow.
+    row = torch.bmm(parts, x.reshape(1, -1).t().expand(parts.shape[0], -1, -1)).view(*x.shape[:-1], -1)
+    return row if bias is None else row + bias
+
+
+def _parts_of(weight: Tensor) -> Tensor:
+    """(parts, N / parts, K): as many as threads, or as divide N."""
+    rows, columns = weight.shape
+    return weight.view(math.gcd(rows, torch.get_num_threads()), -1, columns)
+
+
 _WAYS: dict[torch.dtype, tuple[Way, ...]] = {
     torch.float32: (nn.functional.linear, _turned),
     torch.bfloat16: (nn.functional.linear, _converted),
     torch.float16: (nn.functional.linear, _converted),
 }
+_ONE_ROW: dict[torch.dtype, tuple[Way, ...]] = dict.fromkeys(_WAYS, (nn.functional.linear, _shared))
 
 
 def _filled(x: Tensor) -> Tensor:

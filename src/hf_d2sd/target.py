@@ -221,8 +221,7 @@ class Target:
         """As `verify`, of one node in each row: it sees all that the cache hands out, so that no mask is needed."""
         none = self.attention.as_argument(dict.fromkeys(self.attention.windows))
         inputs = tree_inputs(tree.tokens, self._positions_at(tree.depths), none, self.cache)
-        alone = len(tree.tokens) == 1
-        logits, hidden_states = forward(self.run, inputs, self._capture) if alone else self._forward(inputs)
+        logits, hidden_states = self._forward(inputs)
         return TargetPass(logits, hidden_states, None, None, {})
 
     def _positions_at(self, depths: Tensor) -> Tensor:
