@@ -25,7 +25,7 @@ _PRIORS = {"gain": (0.5, 2.0), "cycle": (1.0, 1.0), "added": (0.25, 1.0)}  # of 
 KEPT = 16  # measurements of a part, and of a plain step, that count: the latest
 FEW = 3  # measurements of a part, below which its cost may be no more than that of its first runs
 LONG_AGO = 32  # cycles after which plain steps of before count for little: machines get slower and faster
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # of passes: few, so that each is measured often
+SIZES = (1, 2, 4, 8, 16, 32, 64)  # of passes: few, so that each is measured soon, and what products are filled up to
 
 
 class Costs:
@@ -161,7 +161,17 @@ class Curve:
         self._points = never_falling(found)
 
     def __call__(self, size: int) -> float:
-        points = self._points
+        return self._along(self._points, size)
+
+    def hoped(self, size: int) -> float:
+        """The cost, where it was measured a few times at most no more than follows from the sizes that are known."""
+        if self.counts.get(size, 0) >= FEW:
+            return self(size)
+        known = [point for point in self._points if self.counts.get(point[0], 0) >= FEW]
+        return min(self(size), self._along(known, size))
+
+    def _along(self, points: list[tuple[int, float]], size: int) -> float:
+        """By these points; beyond them by how the guess goes on."""
         if not points:
             return interpolated(self.guess, size)
         (least, at_least), (most, at_most) = points[0], points[-1]
@@ -262,14 +272,12 @@ class CostTable:
         return self.curves[REST](1) + sum(self.curves[name](size) for name, size in parts)
 
     def hoped(self, name: str, size: int) -> float:
-        """What a part may cost: measured a few times at most, no more than guessed.
+        """What a part may cost, measured or not.
 
         First runs do what is done once, as gathering a head's rows and timing products. What seems too dear to be
         tried would else never be measured again.
         """
-        curve = self.curves[name]
-        known = curve.counts.get(size, 0) >= FEW
-        return curve(size) if known else min(curve(size), interpolated(curve.guess, size))
+        return self.curves[name].hoped(size)
 
     def see(self, seconds: dict[Part, float]) -> float:
         """Take in a cycle's measured times; returns its cost in plain steps, of which the mean is 1."""

@@ -157,7 +157,7 @@ class Pace:
         self._table_at, self.watch = table_at, watch
         self._counts = [count for count in (1, 2, 4, 8, 16) if count < most_branches]
         self._counts += [most_branches] if most_branches else []
-        self._sizes = [size for size in SIZES if size <= most_nodes]
+        self._sizes = [size for size in SIZES if size < most_nodes] + [most_nodes]
         self.decisions = Decisions()
         self.purse = Purse()
         self._have_run: set[str] = set()  # drafters, by their parts
