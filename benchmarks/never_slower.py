@@ -2,8 +2,9 @@
 
 python benchmarks/never_slower.py --out FOLDER [--pair FOLDER] [--threads 2] [--samples 2] [--new 96]
 
-times plain decoding and `auto` in batches of 1, 4 and 16, and on text without structure: random tokens as prompts, at
-temperature 2. Then `hf-d2sd bench` runs with all strategies, greedy and at temperature 0.7. All that for both dtypes.
+times plain decoding and `auto` on each of some prompts, in batches of 1, 4 and 16, and on text without structure: random
+tokens as prompts, at temperature 2; each three times, of which the middle ratio counts: machines are noisy. Then
+`hf-d2sd bench` runs with all strategies, greedy and at temperature 0.7. All that for both dtypes.
 A killed run goes on where it stopped; a measurement is a line of FOLDER/batches.jsonl as soon as it is there.
 """
 
@@ -12,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 from transformers import set_seed
@@ -66,41 +68,47 @@ def side_by_side(options, dtype: str, temperature: float) -> None:
 
 
 def batches(options, dtype: str) -> None:
-    """Plain decoding and `auto` in turns, on batches of prompts and on noise."""
+    """Plain decoding and `auto` in turns, on single prompts, batches of them, and noise."""
     file = options.out / "batches.jsonl"
     done = {tuple(row["key"]) for row in records.read(file)}
     model, tokenizer = load_smollm2(getattr(torch, dtype))
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     assistant = D2SDAssistant.from_pretrained(options.pair, dtype=model.dtype)
-    texts = [chat_text(tokenizer, list(p.turns[:1]), [], None, {}) for p in read_suites(PROMPTS, options.samples)]
-    for name, inputs, sampling in cases(tokenizer, texts, model.config.vocab_size):
+    prompts = read_suites(PROMPTS, options.samples)
+    texts = {prompt.id: chat_text(tokenizer, list(prompt.turns[:1]), [], None, {}) for prompt in prompts}
+    for name, inputs, given in cases(tokenizer, texts, model.config.vocab_size):
         for repeat in range(REPEATS):
             key = (dtype, name, repeat)
             if key not in done:
-                seconds = timed(model, assistant, inputs, options.new, repeat, sampling)
+                seconds = timed(model, assistant, inputs, options.new, repeat, given)
                 decisions = str(assistant.last_stats.decisions)
                 records.append(file, {"key": key, "seconds": seconds, "decisions": decisions})
 
 
-def cases(tokenizer, texts: list[str], vocab: int):
-    """Name, inputs of `generate`, and how it samples."""
+def cases(tokenizer, texts: dict[str, str], vocab: int):
+    """Name, inputs of `generate`, and options of its."""
+
+    def encoded(chosen: list[str]):
+        return tokenizer(chosen, return_tensors="pt", padding=True, add_special_tokens=False)
+
+    for name, text in texts.items():
+        yield name, encoded([text]), dict(min_new_tokens=None)  # it ends where it ends
     for rows in BATCHES:
-        chosen = [texts[i % len(texts)] for i in range(rows)]
-        yield f"batch of {rows}", tokenizer(chosen, return_tensors="pt", padding=True, add_special_tokens=False), {}
+        yield f"batch of {rows}", encoded([list(texts.values())[i % len(texts)] for i in range(rows)]), {}
     for seed in range(NOISE):
         ids = torch.randint(vocab, (1, 128), generator=torch.Generator().manual_seed(seed))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         yield f"noise {seed}", inputs, dict(do_sample=True, temperature=2.0, top_k=0)
 
 
-def timed(model, assistant, inputs, new: int, repeat: int, sampling: dict) -> dict[str, float]:
+def timed(model, assistant, inputs, new: int, repeat: int, given: dict) -> dict[str, float]:
     """Seconds of a call, the prompt's pass included; who goes first alternates."""
     ways = {"plain": {}, "auto": dict(assistant_model=assistant, d2sd_auto=True)}
     seconds = {}
     for name in list(ways) if repeat % 2 else reversed(ways):
         set_seed(repeat)
         start = time.perf_counter()
-        arguments = {"do_sample": False, **sampling, "max_new_tokens": new, "min_new_tokens": new}
+        arguments = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, **given}
         model.generate(**inputs, **arguments, **ways[name])
         seconds[name] = time.perf_counter() - start
     return seconds
@@ -112,8 +120,10 @@ def report(rows: list[dict]) -> None:
     for row in rows:
         found.setdefault(tuple(row["key"][:2]), []).append(row["seconds"]["plain"] / row["seconds"]["auto"])
     for (dtype, name), ratios in found.items():
-        middle = sorted(ratios)[len(ratios) // 2]
-        print(f"{dtype} {name}: {middle:.2f} times plain ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(f"{dtype} {name}: {median(ratios):.2f} times plain ({min(ratios):.2f} to {max(ratios):.2f})")
+    for dtype in dict.fromkeys(dtype for dtype, _ in found):
+        alone = [median(ratios) for (of, name), ratios in found.items() if of == dtype and "/" in name]
+        print(f"{dtype}, {len(alone)} prompts: {median(alone):.2f} times plain, {min(alone):.2f} to {max(alone):.2f}")
 
 
 if __name__ == "__main__":

@@ -389,6 +389,26 @@ def test_what_was_measured_once_seems_no_dearer_than_guessed():
     assert table.hoped(FIRST, 1) == 9.0
 
 
+def test_a_size_that_is_hardly_known_is_hoped_to_cost_what_the_known_ones_say():
+    curve = Curve([(1, 1.0), (65, 4.2)])  # 0.05 a node
+    for _ in range(3):
+        curve.add(8, 2.7)
+        curve.add(32, 5.1)
+    curve.add(16, 4.9)
+    assert curve(16) == 4.9
+    assert curve.hoped(16) == pytest.approx(2.7 + 2.4 / 3), "between its neighbours, not as guessed: 1.75"
+    assert curve.hoped(64) == pytest.approx(curve(32) + 32 * 0.05)
+    assert curve.hoped(4) == pytest.approx(2.7 * 1.15 / 1.35), "the guess as far off as at the least known size"
+    assert curve.hoped(8) == curve(8) and curve.hoped(32) == curve(32)
+    curve.add(16, 2.8)
+    assert curve.hoped(16) == curve(16) == 2.8, "nor dearer than it measured"
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(64, [1, 2, 4, 8, 16, 32, 64]), (24, [1, 2, 4, 8, 16, 24]), (1, [1])])
+def test_the_largest_tree_of_a_call_is_the_one_it_allows(most, sizes):
+    assert Pace(lambda rows, length: measured_table(), NoWatch(), 4, most)._sizes == sizes
+
+
 def test_first_passes_that_were_dear_do_not_keep_trees_from_being_checked():
     """They time products and make what is made once; a pass that is never tried again is never known better."""
     table = CostTable.guessed(0.05, 0.05, 0.1, 0.1, 1, 8)
