@@ -2,8 +2,8 @@
 
 python benchmarks/never_slower.py --out FOLDER [--pair FOLDER] [--threads 2] [--samples 2] [--new 96]
 
-times plain decoding and `auto` on each of some prompts, in batches of 1, 4 and 16, and on text without structure: random
-tokens as prompts, at temperature 2; each three times, of which the middle ratio counts: machines are noisy. Then
+times plain decoding and `auto` on each of some prompts, in batches of 1, 4 and 16, and on text without structure:
+random tokens as prompts, at temperature 2; each three times, of which the middle ratio counts. Then
 `hf-d2sd bench` runs with all strategies, greedy and at temperature 0.7. All that for both dtypes.
 A killed run goes on where it stopped; a measurement is a line of FOLDER/batches.jsonl as soon as it is there.
 """

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-import torch
 import equality  # noqa: F401  finds examples/smollm2.py
+import torch
 from smollm2 import load_smollm2
 from transformers import DynamicCache
 
