@@ -33,6 +33,21 @@ def _the_same_tree_in_each_cycle(monkeypatch):
     monkeypatch.setattr(GenerationConfig, "d2sd_auto", False, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps what the first `Accelerator` of a process was asked for, and refuses others."""
+    _forget_accelerator()
+    yield
+    _forget_accelerator()
+
+
+def _forget_accelerator():
+    if "accelerate.state" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.PartialState._reset_state()
+
+
 @pytest.fixture
 def library_default(monkeypatch):
     """Each cycle is what pays, as in any program."""

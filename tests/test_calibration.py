@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import data, first, fresh_accelerator, target  # noqa: F401
+from test_training import data, first, target  # noqa: F401
 from tiny import WIDTH, OracleDrafts, prompt, tiny_drafter, tiny_target
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel

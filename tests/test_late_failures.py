@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
-from test_training import fresh_accelerator  # noqa: F401
 from words import WORDS, save_word_drafters, save_word_target
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterModel

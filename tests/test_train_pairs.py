@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import Accelerator
-from test_training import data, first, fresh_accelerator, log_of, options, target  # noqa: F401
+from test_training import data, first, log_of, options, target  # noqa: F401
 
 from hf_d2sd import D2SDAssistant, D2SDDrafterModel
 from hf_d2sd.training import loop

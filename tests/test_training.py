@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import LoggerType
 from safetensors.torch import load_file, save_file
@@ -40,13 +40,6 @@ from hf_d2sd.training.options import TrainOptions
 from hf_d2sd.training.pair import JoinOptions, join
 from hf_d2sd.training.shards import Row, read_rows, shard_paths
 from hf_d2sd.training.trainer import train
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 def random_rows(*lengths: int, prompt_length: int = 5) -> list[Row]:
