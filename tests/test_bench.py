@@ -15,6 +15,7 @@ from words import WORDS, save_word_target
 
 import hf_d2sd.benchmark.probing as probing
 import hf_d2sd.benchmark.run as running
+import hf_d2sd.target as target_module
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, D2SDDrafterModel, records
 from hf_d2sd.benchmark.options import BenchOptions
 from hf_d2sd.benchmark.report import ReportOptions, report_run
@@ -128,6 +129,19 @@ class TestRuns:
             assert cells["dflash"]["rows"] <= GAMMA * cells["dflash"]["passes"]
             assert cells["d2sd-wide:budget=4,K=2"]["rows"] <= 4 * cells["d2sd-wide:budget=4,K=2"]["passes"]
             assert cells["dflash"]["steps"] == cells["dflash"]["passes"]
+
+    def test_nobody_follows_the_target_while_calls_of_ours_are_timed(self, models, prompts, tmp_path, monkeypatch):
+        """They would take other products then, and be slower than what a user's call is."""
+        followed, of = [], target_module.for_few_tokens
+
+        def noting(model):
+            twin = of(model)
+            followed.append(twin is model)
+            return twin
+
+        monkeypatch.setattr(target_module, "for_few_tokens", noting)
+        bench(options(models, prompts, tmp_path / "run", strategies=["ar", "d2sd", "auto"], max_samples=1))
+        assert len(followed) > 2 and not any(followed)
 
     def test_the_native_loop_and_ours_yield_alike_with_one_drafter(self, result):
         cells = result[0].cells

@@ -120,6 +120,24 @@ def test_tries_become_rarer_while_they_lose_and_follow_each_other_once_they_gain
         purse.tried(2 - price)
 
 
+@pytest.mark.parametrize(("added", "first"), [(0.5, 0), (-0.5, 8)])
+def test_a_call_tries_later_where_other_calls_drafts_lost(added, first):
+    """And once it has tried, by what came of that alone."""
+    table = measured_table()
+    for _ in range(20):
+        table.yielded("added:nothing").add(added, 1.0)
+    pace, asked = Pace(lambda rows, length: table, NoWatch(), 4, 64), []
+    for step in range(12):
+        pace.begin(1, 10 + step)
+        if pace.drafts([]):
+            asked.append(step)
+            pace.purse.tried(1.0)
+        pace._reason = "-"
+        pace.mark(PASS, 1)
+        pace.end(1, 0)
+    assert asked == list(range(first, 12))
+
+
 def test_what_was_gained_is_not_lost_for_long():
     purse = Purse()
     for _ in range(500):

@@ -216,6 +216,21 @@ def test_a_twin_shares_weights_and_the_model_stays_as_it_is(turned):
     assert products._choices
 
 
+def test_a_twin_asks_no_more_once_its_ways_are_known(turned, monkeypatch):
+    model = copy.deepcopy(tiny_target("llama"))
+    twin, asked, has_ways = for_few_tokens(model), [], products._has_ways
+    monkeypatch.setattr(products, "_has_ways", lambda *args: asked.append(args) or has_ways(*args))
+    with torch.no_grad():
+        for _ in range(2 * products._SAMPLES):
+            twin(prompt(5))
+        before = len(asked)
+        same_logits(twin, model)
+        assert before and len(asked) == before
+        assert torch.equal(twin(prompt(3)).logits, twin(prompt(3)).logits) and len(asked) > before, "other sizes"
+    for_few_tokens(model)(prompt(5))
+    assert len(asked) > before, "a call's twin is its own: here weights learn, and stock has them"
+
+
 def test_hooks_that_transformers_puts_on_a_twin_are_not_the_models():
     model = copy.deepcopy(tiny_target("llama"))
     before, twin = attributes(model), for_few_tokens(model)

@@ -84,7 +84,8 @@ class TreeLayer(DynamicLayer):
 
     def _set_length(self, length: int) -> None:
         self.length = length
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        keys, values = self._buffers
+        self.keys, self.values = keys.narrow(2, 0, length), values.narrow(2, 0, length)
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Let each row end after its first `lengths[b]` tokens."""
@@ -135,8 +136,14 @@ class TreeLayer(DynamicLayer):
             return self._update_slots(self.slots, key_states, value_states)
         first, start, end = self.first_handed_out, self.length, self.length + key_states.shape[2]
         self._reserve(end)
-        torch._foreach_copy_([buffer[:, :, start:end] for buffer in self._buffers], [key_states, value_states])
+        new = [buffer.narrow(2, start, end - start) for buffer in self._buffers]
+        torch._foreach_copy_(new, [key_states, value_states])
         self._set_length(end)
+        return self._handed_out(first)
+
+    def _handed_out(self, first: int) -> tuple[Tensor, Tensor]:
+        if first == 0:
+            return self.keys, self.values
         return self.keys[:, :, first:], self.values[:, :, first:]
 
     def _update_slots(self, slots: Tensor, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +151,7 @@ class TreeLayer(DynamicLayer):
         self._reserve(self.slots_end)
         self._set_length(self.slots_end)
         self._write(slots, key_states, value_states)
-        return self.keys[:, :, first:], self.values[:, :, first:]
+        return self._handed_out(first)
 
     def _write(self, slots: Tensor, key_states: Tensor, value_states: Tensor) -> None:
         """Put the states (B, H, n, D) into slots (n,) or (B, n)."""

@@ -204,7 +204,7 @@ class Choosers:
 
     def look(self, logits: Tensor) -> Tensor:
         """Take the logits (B, N, V) of the rows that still choose; returns each node's greatest token (B, N)."""
-        for chooser, row in zip(self.active, logits):
+        for chooser, row in zip(self.active, logits.unbind()):
             chooser.look(row)
         # `max` finds the same token as `argmax`, the first of equals, and on a CPU in a fraction of its time.
         return logits.max(-1).indices if self.vectorised else logits.new_zeros(logits.shape[:2], dtype=torch.long)

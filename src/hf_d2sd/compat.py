@@ -42,7 +42,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.utils import output_capturing
 
 from .modeling import CACHE_NAME
-from .products import linear
+from .products import linear, settled
 
 # The dispatch --------------------------------------------------------------------------------------------------------
 
@@ -342,11 +342,21 @@ def has_adapters(model) -> bool:
 
 
 class _FewRows(nn.Linear):
-    """A linear layer by the fastest product for few rows."""
+    """A linear layer by the fastest product for few rows: of a call, in which nothing but its input changes."""
+
+    ways: dict[tuple, Callable]  # by the kind of input, once it is known
 
     def forward(self, input: Tensor) -> Tensor:
         own = self._parameters  # hundreds of times a pass: attributes of modules are looked up slowly
-        return linear(input, own["weight"], own["bias"])
+        weight, bias = own["weight"], own["bias"]
+        kind = type(input), input.dtype, input.numel()
+        way = self.ways.get(kind)
+        if way is not None:
+            return way(input, weight, bias)
+        product, way = linear(input, weight, bias), settled(input, weight, bias)
+        if way is not None:
+            self.ways[kind] = way
+        return product
 
 
 def for_few_tokens(model):
@@ -393,6 +403,7 @@ def _twin(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
     if type(module) is nn.Linear:
         if type(module.weight) is nn.Parameter and type(module.weight.data) is Tensor and module.weight.is_cpu:
             twin = _like(module, _FewRows)
+            vars(twin)["ways"] = {}
     else:
         here = module._modules
         below = {name: child if child is None else _twin(child, made) for name, child in here.items()}

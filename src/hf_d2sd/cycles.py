@@ -176,10 +176,11 @@ class CycleWords(CallWords):
     """A call's own tokens in rows of a fixed number, of which those without a token yet are never drafted."""
 
     def __init__(self, words: CallWords):
+        words._gather()
         self.__dict__.update(vars(words))
         if self._absent is not None:
             weight, bias = self._head.weight, self._head.bias
-            self.ids = torch.zeros(MOST_WORDS, dtype=torch.long, device=weight.device)
+            self._ids = torch.zeros(MOST_WORDS, dtype=torch.long, device=weight.device)
             self.rows = weight.new_zeros(MOST_WORDS, weight.shape[1])
             self._bias = None if bias is None else bias.new_zeros(MOST_WORDS)
             self._unused = torch.ones(MOST_WORDS, dtype=torch.bool, device=weight.device)
@@ -197,10 +198,10 @@ class CycleWords(CallWords):
     def _put(self, new: list[int]) -> None:
         assert self.rows is not None
         here = slice(self.count, self.count + len(new))
-        self.ids[here] = torch.tensor(new, dtype=torch.long, device=self.ids.device)
-        self.rows[here] = self._head.weight.detach()[self.ids[here]]
+        self._ids[here] = torch.tensor(new, dtype=torch.long, device=self._ids.device)
+        self.rows[here] = self._head.weight.detach()[self._ids[here]]
         if self._bias is not None:
-            self._bias[here] = self._head.bias.detach()[self.ids[here]]
+            self._bias[here] = self._head.bias.detach()[self._ids[here]]
         self._unused[here] = False
 
     def logits(self, hidden: Tensor, logits: Tensor) -> Tensor:

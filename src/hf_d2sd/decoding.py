@@ -72,7 +72,7 @@ class Accepted:
     trees: list[HostTree]  # by row
     paths: list[list[int]]  # by row (A,), accepted nodes, the anchor first; empty for a row that had ended before
     emitted: list[list[int]]  # by row (A,), the tokens that these led to, the bonus last
-    nodes: Tensor | None = None  # (B, most A), the paths, filled up
+    nodes: Tensor | None = None  # (B, most A), the paths, filled up; not there after a pass over one token a row
 
     def anchors(self, before: list[int]) -> list[int]:
         """By row, the last committed token."""
@@ -129,7 +129,9 @@ class Batch:
         choices = self.choosers.look(step.logits).to(self.target.device)
         known = self.paths_ahead(tree, step, choices)
         accepted = self.walk(HostTree.transfer(tree, choices))  # the cycle's one transfer
-        return replace(accepted, nodes=self._padded(accepted.paths) if known is None else known)
+        if known is None and not step.is_one_token:
+            known = self._padded(accepted.paths)
+        return replace(accepted, nodes=known)
 
     def walk(self, trees: list[HostTree]) -> Accepted:
         """Let the rows choose along their trees, whose nodes are not needed on the device."""
@@ -157,7 +159,6 @@ class Batch:
 
     def commit(self, step: TargetPass, accepted: Accepted) -> None:
         """Keep the accepted nodes in the target's cache, show drafters their features, and let the text go on."""
-        assert accepted.nodes is not None
         counts = [len(path) for path in accepted.paths]
         self.target.commit(step, accepted.nodes, counts)
         for drafter in self.drafters:

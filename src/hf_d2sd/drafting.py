@@ -277,7 +277,8 @@ class DraftContext:
         if starts != self.positions:
             self.cache.reset()
             self.waiting = ()
-        self.waiting = (*(part for part in self.waiting if part[0].shape[1]), (features, counts))
+        before = self.waiting[1:] if self.waiting and not self.waiting[0][0].shape[1] else self.waiting
+        self.waiting = (*before, (features, counts))
         self.positions = positions
 
     def take(self) -> tuple[Tensor, list[int]]:

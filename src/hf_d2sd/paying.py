@@ -16,6 +16,7 @@ BEGINNING = 1.5  # plain steps that a call may lose before anything was gained
 MOST = 4.0  # plain steps of gains that may be lost again
 LUCK = 1.5  # plain steps that a call may fall short of what was expected, before it is thought to be no chance
 LONGEST = 64.0  # plain steps between tries, however often they lost
+LATER = 8.0  # plain steps before a call's first try, where other calls' drafts lost
 FEW = 8  # nodes of a tree, up to which the drafts' surest tokens are most of it
 EVERY = 4  # in the first cycles, each so many take a size that was not measured yet
 LEARNING = 64  # cycles
@@ -102,6 +103,10 @@ class Purse:
         self.real = min(self.real + SHARE * got + got - cost, MOST)
         self.waited += got
 
+    def expect_loss(self) -> None:
+        """Before anything was tried: other calls did, and lost."""
+        self.wait = LATER
+
     def tried(self, gained: float) -> None:
         """What was tried is expected to gain so much, or to lose it."""
         self.wait, self.waited = 0.0 if gained > 0 else min(max(4 * self.wait, 2.0), LONGEST), 0.0
@@ -161,6 +166,7 @@ class Pace:
         self.decisions = Decisions()
         self.purse = Purse()
         self._have_run: set[str] = set()  # drafters, by their parts
+        self._was_asked = False  # whether to draft
         self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
         self._yields: dict[str, Tally] = {}
         self._expected: list[float] = []  # costs of the cycles whose times are not known yet
@@ -191,6 +197,9 @@ class Pace:
         if not has_drafter:
             return False
         self._situation = situation(without.tokens / self.rows - 1)
+        if not self._was_asked and self._added.ratio <= 0:
+            self.purse.expect_loss()
+        self._was_asked = True
         if not self.purse.affords(table.hoped(FIRST, 1) + table.curves[REST](1) + self._more):
             self._reason = "drafts do not pay here"
             return False

@@ -39,11 +39,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _has_ways(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
+    return _choice_for(x, weight, bias)(x, weight, bias)
+
+
+def settled(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Way | None:
+    """How `linear` makes such products from now on; `None` where that is not known yet, or there is no choice."""
+    return _choice_for(x, weight, bias).best if _has_ways(x, weight, bias) else None
+
+
+def _choice_for(x: Tensor, weight: Tensor, bias: Tensor | None) -> "Choice":
     rows = x.numel() // x.shape[-1]
     size = 1 if rows == 1 else _SIZE_OF[rows]
     key = x.dtype, weight.shape, size, bias is None, torch.get_num_threads()
-    choice = _choices.get(key) or _choices.setdefault(key, Choice((_ONE_ROW if rows == 1 else _WAYS)[x.dtype]))
-    return choice(x, weight, bias)
+    return _choices.get(key) or _choices.setdefault(key, Choice((_ONE_ROW if rows == 1 else _WAYS)[x.dtype]))
 
 
 def _has_ways(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

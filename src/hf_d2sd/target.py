@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,9 +35,23 @@ class TargetPass:
     nodes: Nodes | None = None  # of a tree: what sees what
     places: dict[str, Place] | None = None  # of a tree, by layer type: where its nodes stand until `commit`
     chains: Pass | None = None  # of a tree, where the target has recurrent states: what ran in the tree's place
+    _features: list[tuple] = field(default_factory=list, repr=False, compare=False)  # what drafters asked for
+
+    @property
+    def is_one_token(self) -> bool:
+        """Whether it was one of plain decoding's: a token in each row, which the cache keeps as any other."""
+        return self.nodes is None and self.chains is None and self.places is not None
 
     def features(self, layer_ids: list[int], nodes: Tensor | None = None) -> Tensor:
         """(B, T or A, len(layer_ids) * H): what a drafter reads, for all tokens or for the given nodes (B, A)."""
+        for ids, of, features in self._features:
+            if ids == layer_ids and of is nodes:
+                return features
+        features = self._gathered(layer_ids, nodes)
+        self._features.append((layer_ids, nodes, features))
+        return features
+
+    def _gathered(self, layer_ids: list[int], nodes: Tensor | None) -> Tensor:
         given = (self.hidden_states[i + 1] for i in layer_ids)
         layers = [layer for layer in given if layer is not None]
         if nodes is not None:
@@ -252,9 +266,13 @@ class Target:
         gathered = tuple(layer if layer is None else chains.gather(layer) for layer in hidden_states)
         return TargetPass(chains.gather(logits), gathered, None, nodes, places, here)
 
-    def commit(self, step: TargetPass, paths: Tensor, counts: list[int]) -> None:
-        """Of a tree's nodes keep each row's first `counts[b]` of `paths` (B, A), and forget the others."""
-        assert step.places is not None
+    def commit(self, step: TargetPass, paths: Tensor | None, counts: list[int]) -> None:
+        """Of a tree's nodes keep each row's first `counts[b]` of `paths` (B, A), and forget the others.
+
+        Args:
+            paths: `None` for a pass over one token in each row.
+        """
+        assert step.places is not None and (paths is not None or step.is_one_token)
         if step.chains is not None:
             paths = step.chains.chains.slots.gather(1, paths)
             step.chains.keep(paths, counts)

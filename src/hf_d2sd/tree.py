@@ -230,6 +230,9 @@ class HostTree:
     @classmethod
     def transfer(cls, tree: CandidateTree, choices: Tensor) -> list["HostTree"]:
         """Each row's, of a tree and the target's choices (B, N)."""
+        if len(tree) == 1:  # a plain step: hundreds of these are what a text may be made of
+            rows = torch.cat((tree.tokens, choices), dim=1).tolist()
+            return [cls([token], [-1], [0], [0], [FROM_TARGET], [choice]) for token, choice in rows]
         return [cls(*row) for row in cls.columns(tree, choices).tolist()]
 
     @staticmethod

@@ -36,12 +36,19 @@ class CallWords:
             absent[model.draft_token_ids.cpu()] = 0
             self._absent = bytearray(absent.numpy())
         self.count = 0
-        self.ids = torch.empty(0, dtype=torch.long)  # (E,)
+        self._added: list[int] = []  # of which no row was gathered yet
+        self._ids = torch.empty(0, dtype=torch.long)  # (E,)
         self.rows: Tensor | None = None  # (E, H), once there is one
         self._read: Callable | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._ids) + len(self._added)
+
+    @property
+    def ids(self) -> Tensor:
+        """(E,), the tokens."""
+        self._gather()
+        return self._ids
 
     def add(self, tokens: Iterable[int]) -> None:
         """Let what is new among these be drafted, as long as there is room."""
@@ -57,13 +64,20 @@ class CallWords:
             self.count += len(new)
 
     def _put(self, new: list[int]) -> None:
+        self._added += new  # a cycle that drafts nothing reads none
+
+    def _gather(self) -> None:
+        if not self._added:
+            return
         weight, bias = self._head.weight.detach(), self._head.bias
-        self.ids = torch.cat([self.ids.to(weight.device), torch.tensor(new, device=weight.device)])
-        self.rows = weight[self.ids]
-        self._read = self._reader(self.rows, None if bias is None else bias.detach()[self.ids])
+        self._ids = torch.cat([self._ids.to(weight.device), torch.tensor(self._added, device=weight.device)])
+        self._added = []
+        self.rows = weight[self._ids]
+        self._read = self._reader(self.rows, None if bias is None else bias.detach()[self._ids])
 
     def logits(self, hidden: Tensor, logits: Tensor) -> Tensor:
         """(..., V' + E): the vocabulary's logits (..., V'), and those of the call's tokens behind them."""
+        self._gather()
         if self._read is None:
             return logits
         return torch.cat([logits, self._read(hidden).to(logits)], dim=-1)
