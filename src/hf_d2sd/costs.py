@@ -21,7 +21,9 @@ FIRST, SECOND, PASS, REST = "first", "second", "pass", "rest"
 PARTS = (FIRST, SECOND, PASS, REST)
 ONCE = "once"  # a drafter's first draft of a call: it reads the prompt, of any length, and tells nothing of others
 Part = tuple[str, int]  # name and size: of a second draft its K blocks, of a pass its nodes a row, else 1
-_PRIORS = {"gain": (0.5, 2.0), "cycle": (1.0, 1.0), "added": (0.25, 1.0)}  # of yields: ratio and weight
+# Of yields by the first word of their names: the ratio, its weight, and what is kept of it at each addition. Whether
+# drafts pay changes with the kind of text, which is soon another one.
+_PRIORS = {"gain": (0.5, 2.0, 0.97), "cycle": (1.0, 1.0, 0.97), "added": (0.25, 1.0, 0.9)}
 KEPT = 16  # measurements of a part, and of a plain step, that count: the latest
 FEW = 3  # measurements of a part, below which its cost may be no more than that of its first runs
 LONG_AGO = 32  # cycles after which plain steps of before count for little: machines get slower and faster
@@ -301,8 +303,8 @@ class CostTable:
 
     def yielded(self, kind: str) -> Tally:
         with self.lock:
-            prior, weight = _PRIORS.get(kind.partition(":")[0], (1.0, 4.0))
-            return self.yields.setdefault(kind, Tally(prior, weight))
+            prior, weight, keeps = _PRIORS.get(kind.partition(":")[0], (1.0, 4.0, 0.97))
+            return self.yields.setdefault(kind, Tally(prior, weight, keeps))
 
     @property
     def is_measured(self) -> bool:

@@ -14,7 +14,7 @@ from .costs import FIRST, ONCE, PASS, REST, SECOND, SIZES, CostTable, Part, Stop
 SHARE = 0.01  # of a call's time that trying may cost, beside what it begins with
 BEGINNING = 1.5  # plain steps that a call may lose before anything was gained
 MOST = 4.0  # plain steps of gains that may be lost again
-LUCK = 1.5  # plain steps that a call may fall short of what was expected, before it is thought to be no chance
+LUCK = 0.5  # plain steps that a call may fall short of what was expected, before it is thought to be no chance
 LONGEST = 64.0  # plain steps between tries, however often they lost
 LATER = 8.0  # plain steps before a call's first try, where other calls' drafts lost
 FEW = 8  # nodes of a tree, up to which the drafts' surest tokens are most of it
@@ -316,6 +316,8 @@ class Pace:
     def _best_tree(self, kind: str, reach: Sequence[float]) -> Offer:
         """Of the trees that the purse affords."""
         spent, offers = tuple(self._parts), []
+        if not reach and not spent:  # most cycles of a text that cannot be drafted
+            return Offer(1, float(self.rows), 1.0)
 
         def cost(size: int) -> float:
             return self.table.of(*spent) + self.table.hoped(PASS, size) if spent or size > 1 else 1.0
