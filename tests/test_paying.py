@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from hf_d2sd.costs import FIRST, ONCE, PASS, REST, SECOND, CostTable, Curve
-from hf_d2sd.paying import BEGINNING, FEW, LUCK, MOST, SHARE, Decisions, Offer, Pace, Purse, best, trees
+from hf_d2sd.paying import BEGINNING, FEW, LUCK, MOST, SHARE, Decisions, Offer, Pace, Purse, best, manner_of, trees
 
 
 def rate_of(policy, situations) -> float:
@@ -136,6 +136,26 @@ def test_a_call_tries_later_where_other_calls_drafts_lost(added, first):
         pace.mark(PASS, 1)
         pace.end(1, 0)
     assert asked == list(range(first, 12))
+
+
+def test_what_drafts_are_worth_is_known_by_how_tokens_are_chosen():
+    """Text drawn at a high temperature says nothing of greedy text, and next time is known for what it is."""
+    assert [manner_of(*how) for how in ((False, 0.7), (True, None), (True, 0.7), (True, 2.0))] == [
+        "",
+        " at 1.0",
+        " at 0.7",
+        " at 2.0",
+    ]
+    table = measured_table()
+    for _ in range(20):
+        table.yielded("added:nothing at 2.0").add(-0.5, 1.0)
+        table.yielded("first, few nodes at 2.0").add(0.0, 2.0)
+    ratios = []
+    for how in ((False, None), (True, 2.0)):
+        pace = Pace(lambda rows, length: table, NoWatch(), 4, 64, manner_of(*how))
+        pace.begin(1, 10)
+        ratios.append((pace.drafts([]), pace._tally("first, few nodes").ratio))
+    assert ratios[0] == (True, 1.0) and not ratios[1][0] and ratios[1][1] <= 0.5
 
 
 def test_what_was_gained_is_not_lost_for_long():

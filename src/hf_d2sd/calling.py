@@ -18,7 +18,7 @@ from .graphs import cycles_of
 from .modeling import D2SDAssistant
 from .observing import Observer
 from .options import MOST_NODES, DecodingOptions, settle
-from .paying import Pace
+from .paying import Pace, manner_of
 from .probing import attention_for
 from .prompts import Prompt, join_records, join_sequences, read_prompt, texts_of
 from .stats import D2SDStats
@@ -62,7 +62,8 @@ def assisted_decode(
         _check_recurrent(options.compile, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
-    pace = _open_pace(assistant, worker, drafters, options, stats)
+    manner = manner_of(generation_config.do_sample, generation_config.temperature)
+    pace = _open_pace(assistant, worker, drafters, options, stats, manner)
     context = ContextSource(texts_of(input_ids, prompt.mask)) if options.context_nodes else None
     batch = Batch(worker, drafters, choosers, options, context=context, pace=pace)
     decode(batch, passes, observer, cycles_of(assistant, batch))
@@ -104,7 +105,12 @@ def _open_drafters(
 
 
 def _open_pace(
-    assistant: D2SDAssistant, worker: Target, drafters: list[Drafter], options: DecodingOptions, stats: D2SDStats
+    assistant: D2SDAssistant,
+    worker: Target,
+    drafters: list[Drafter],
+    options: DecodingOptions,
+    stats: D2SDStats,
+    manner: str,
 ) -> Pace | None:
     """What decides in each cycle, with what earlier calls measured; `None` where options or recorded shapes do."""
     if not options.auto or options.compile:
@@ -120,7 +126,7 @@ def _open_pace(
         return table_for(rows, context_of(length))
 
     branches = options.num_branches if options.redrafts else 0
-    pace = Pace(table_at, Stopwatch(worker.device), branches, options.tree_budget or MOST_NODES)
+    pace = Pace(table_at, Stopwatch(worker.device), branches, options.tree_budget or MOST_NODES, manner)
     stats.decisions = pace.decisions
     return pace
 

@@ -138,6 +138,11 @@ class Decisions:
         )
 
 
+def manner_of(do_sample: bool, temperature: float | None) -> str:
+    """How a target chooses its tokens, in names of what drafts are worth: a text that is drawn is foreseen less."""
+    return f" at {1.0 if temperature is None else temperature:.1f}" if do_sample else ""
+
+
 def situation(more: float) -> str:
     """Which of a few kinds a cycle is of, before anything is drafted: by the tokens that the text so far promises."""
     return "nothing" if more <= 0 else "a token" if more < 1 else "more" if more < 3 else "much more"
@@ -150,6 +155,7 @@ class Pace:
         table_at: for a number of rows and a length, what cycles cost there.
         watch: takes the times.
         most_branches, most_nodes: bounds of what is decided on.
+        manner: how the target chooses, see `manner_of`: what drafts are worth depends on it.
     """
 
     def __init__(
@@ -158,8 +164,9 @@ class Pace:
         watch: Stopwatch,
         most_branches: int,
         most_nodes: int,
+        manner: str = "",
     ):
-        self._table_at, self.watch = table_at, watch
+        self._table_at, self.watch, self._manner = table_at, watch, manner
         self._counts = [count for count in (1, 2, 4, 8, 16) if count < most_branches]
         self._counts += [most_branches] if most_branches else []
         self._sizes = [size for size in SIZES if size < most_nodes] + [most_nodes]
@@ -231,13 +238,12 @@ class Pace:
         if self._kind in (ONLY_FIRST, BOTH):
             added = (tree.value(self.rate) - self._without.value(self.rate)) / self.rows
             self.purse.tried(added)
-            for tally in (self._added, self.table.yielded(f"added:{self._situation}")):
+            for tally in self._tallies(f"added:{self._situation}"):
                 tally.add(added, 1.0)
         if self._kind == BOTH:
-            gain = self._tally(f"gain:{self._count}")
-            gain_now = tree.value(self.rate) - self._before
-            for tally in (gain, self.table.yielded(f"gain:{self._count}")):
-                tally.add(gain_now, self._prefixes)
+            gain = tree.value(self.rate) - self._before
+            for tally in self._tallies(f"gain:{self._count}"):
+                tally.add(gain, self._prefixes)
         size = self._unmeasured(tree.what, len(reach)) or tree.what
         self._raw = sum(reach[: size - 1])
         if not self._reason:
@@ -265,7 +271,7 @@ class Pace:
         right = self._right(self._kind, dict(parts)[PASS])
         if not plain:
             with table.lock:
-                for tally in (self._tally(right), table.yielded(right)):
+                for tally in self._tallies(right):
                     tally.add(accepted, self._raw)
         got, expected = tokens / self.rows, 1 + self._tally(right).ratio * self._raw / self.rows
         self.purse.saw(expected, cost, got)
@@ -298,8 +304,15 @@ class Pace:
 
     def _tally(self, kind: str) -> Tally:
         if kind not in self._yields:
-            self._yields[kind] = self.table.yielded(kind).begun()
+            self._yields[kind] = self._shared(kind).begun()
         return self._yields[kind]
+
+    def _tallies(self, kind: str) -> tuple[Tally, Tally]:
+        """The call's, and that of all calls."""
+        return self._tally(kind), self._shared(kind)
+
+    def _shared(self, kind: str) -> Tally:
+        return self.table.yielded(f"{kind}{self._manner}")
 
     @property
     def _more(self) -> float:
