@@ -1,12 +1,13 @@
-"""What a pass over one token costs SmolLM2-135M-Instruct: as stock runs it, and by the products that plain steps take.
+"""What a pass over one token costs SmolLM2-135M-Instruct: as stock runs it, and as plain steps do.
 
-    python benchmarks/one_row.py --out FILE.json [--dtype float32] [--threads 2]
+    python benchmarks/one_row.py --out FILE.json [--dtype float32] [--threads 2] [--context 240]
 
 Both run in turns on caches of the same text, so that what else the machine does falls on both. Beside the passes stand
 the ways of each weight's product, as the first passes timed them, and what was chosen.
 """
 
 import argparse
+import contextlib
 import platform
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from smollm2 import load_smollm2
 from transformers import DynamicCache
 
 from hf_d2sd import products, records
+from hf_d2sd.attention import TreeAttention
 from hf_d2sd.benchmark.machine import versions
 from hf_d2sd.checks import refuse_unwritable_file
 from hf_d2sd.compat import for_few_tokens
@@ -25,10 +27,11 @@ from hf_d2sd.compat import for_few_tokens
 TEXT = "The keeper of the lighthouse had a dog that was afraid of the sea."
 
 
-def timed(run, cache, token: torch.Tensor) -> float:
+def timed(run, within, cache, token: torch.Tensor) -> float:
     """Seconds of a pass over one token, which the cache then forgets."""
     start = time.perf_counter()
-    run(input_ids=token, past_key_values=cache)
+    with within():
+        run(input_ids=token, past_key_values=cache)
     seconds = time.perf_counter() - start
     cache.crop(-1)
     return seconds
@@ -38,14 +41,15 @@ def timed(run, cache, token: torch.Tensor) -> float:
 def measure(args) -> dict:
     target, tokenizer = load_smollm2(getattr(torch, args.dtype))
     ids = tokenizer(" ".join([TEXT] * (args.context // 15)), return_tensors="pt").input_ids
-    ways = {"stock": target, "plain step": for_few_tokens(target)}
+    grouped = TreeAttention.for_model(target).active_for_one
+    ways = {"stock": (target, contextlib.nullcontext), "plain step": (for_few_tokens(target), grouped)}
     caches = {name: DynamicCache(config=target.config) for name in ways}
     for cache in caches.values():
         target(input_ids=ids, past_key_values=cache)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(args.passes):
-        for name, run in ways.items():
-            seconds[name].append(timed(run, caches[name], ids[:, -1:]))
+        for name, (run, within) in ways.items():
+            seconds[name].append(timed(run, within, caches[name], ids[:, -1:]))
     ratios = [stock / ours for stock, ours in zip(*seconds.values())]
     return {
         "dtype": args.dtype,

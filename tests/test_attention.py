@@ -3,6 +3,7 @@
 import copy
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,3 +259,45 @@ def with_attention(family: str, implementation: str):
 @functools.cache
 def greedy(family: str):
     return tiny_target(family).generate(prompt(), do_sample=False, max_new_tokens=16).tolist()
+
+
+# Plain steps ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [1, 2, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_queries_that_share_keys_read_them_together_and_see_the_same(shared, dtype, masked):
+    module = SimpleNamespace(num_key_value_groups=6 // shared, training=False)
+    query, key, value = (
+        torch.randn(2, heads, size, 8, dtype=dtype) for heads, size in ((6, 1), (shared, 9), (shared, 9))
+    )
+    mask = torch.rand(2, 1, 1, 9) < 0.7 if masked else None
+    given = dict(scaling=0.3, is_causal=False)
+    stock = attention.stock_sdpa()(module, query, key, value, mask, **given)[0]
+    ours = attention._attend_grouped(module, query, key, value, mask, **given)[0]
+    assert ours.shape == stock.shape and ours.is_contiguous()
+    torch.testing.assert_close(ours, stock, **(dict(atol=2e-2, rtol=2e-2) if dtype == torch.bfloat16 else {}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "own", "groups"), [("bfloat16", "sdpa", True), ("float32", "sdpa", False), ("bfloat16", "eager", False)]
+)
+def test_plain_steps_in_half_precision_group_their_queries(dtype, own, groups, monkeypatch):
+    target = copy.deepcopy(tiny_target("llama")).to(getattr(torch, dtype))
+    target.set_attn_implementation(own)
+    assistant, heads, stock = tiny_assistant(4, 6), [], torch.nn.functional.scaled_dot_product_attention
+
+    def noting(query, key, *args, **kwargs):
+        heads.append((query.shape[1:3], key.shape[1]))
+        return stock(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
+    options = dict(do_sample=False, max_new_tokens=5, assistant_model=assistant.to(target.dtype), d2sd_tree_budget=1)
+    target.generate(prompt(9), **options)
+    shared, group = (
+        target.config.num_key_value_heads,
+        target.config.num_attention_heads // target.config.num_key_value_heads,
+    )
+    layers = target.config.num_hidden_layers
+    assert group > 1 and heads.count(((shared, group), shared)) == (4 * layers if groups else 0)

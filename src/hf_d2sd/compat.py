@@ -459,6 +459,11 @@ def register_attention(name: str, attend: Callable) -> None:
     AttentionInterface.register(name, attend)
 
 
+def stock_sdpa() -> Callable:
+    """Transformers' attention function "sdpa"."""
+    return AttentionInterface()["sdpa"]
+
+
 def decoder_of(model):
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     return model if decoder is None else decoder

@@ -235,7 +235,8 @@ class Target:
         """As `verify`, of one node in each row: it sees all that the cache hands out, so that no mask is needed."""
         none = self.attention.as_argument(dict.fromkeys(self.attention.windows))
         inputs = tree_inputs(tree.tokens, self._positions_at(tree.depths), none, self.cache)
-        logits, hidden_states = self._forward(inputs)
+        with self.attention.active_for_one():
+            logits, hidden_states = self._forward(inputs)
         return TargetPass(logits, hidden_states, None, None, {})
 
     def _positions_at(self, depths: Tensor) -> Tensor:
