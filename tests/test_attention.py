@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_d2sd import attention
+from hf_d2sd import attention, compat
 from hf_d2sd.attention import Nodes, TreeAttention, choose, tree_mask
 from hf_d2sd.cache import Place, TreeCache, TreeLayer
 from hf_d2sd.probing import attention_for
@@ -301,3 +301,17 @@ def test_plain_steps_in_half_precision_group_their_queries(dtype, own, groups, m
     )
     layers = target.config.num_hidden_layers
     assert group > 1 and heads.count(((shared, group), shared)) == (4 * layers if groups else 0)
+
+
+def test_deterministic_algorithms_keep_to_stock_attention():
+    target = copy.deepcopy(tiny_target("llama")).bfloat16()
+    own = TreeAttention.for_model(target)
+    entered = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            with own.active_for_one():
+                entered.append(compat._running.implementation)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert entered == [attention.GROUPED, None]

@@ -359,7 +359,8 @@ class TreeAttention:
 
     def active_for_one(self):
         """As `active`, for a plain step: a token in each row, which sees all that the cache hands out."""
-        return attention_within(GROUPED, None) if self.groups else contextlib.nullcontext()
+        groups = self.groups and not torch.are_deterministic_algorithms_enabled()
+        return attention_within(GROUPED, None) if groups else contextlib.nullcontext()
 
     def active_at(self, plan: object, positions: Tensor, nodes: Nodes, places: dict[str, Place]):
         """As `active`, for a target's pass over nodes at `positions` (B, N): models hear of these in several ways."""
