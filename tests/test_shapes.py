@@ -177,3 +177,14 @@ def test_costs_of_recorded_cycles_are_kept_apart(on_machine):
     recorded, eager = sorted(pair.costs.tables, key=lambda place: place.device, reverse=True)
     assert (recorded.device, eager.device) == ("cpu, recorded", "cpu")
     assert set(pair.costs.tables[recorded].curves[PASS].latest) <= {1, 4, 26}
+
+
+def test_what_recorded_cycles_yield_is_known_by_how_tokens_are_chosen(on_machine):
+    on_machine(n1=1.0, n4=1.3, n26=2.0)
+    pair, temperatures = recorded_pair(), (0.7, 2.0)
+    for temperature in temperatures:
+        decode(pair, prompt(9), new=20, d2sd_auto=True, do_sample=True, temperature=temperature)
+    decode(pair, prompt(9), new=20, d2sd_auto=True)
+    (table,) = pair.costs.tables.values()
+    names = {name for name in table.yields if name.startswith("cycle:0:4")}
+    assert names == {"cycle:0:4", "cycle:0:4 at 0.7", "cycle:0:4 at 2.0"}

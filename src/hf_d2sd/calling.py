@@ -65,7 +65,7 @@ def assisted_decode(
     manner = manner_of(generation_config.do_sample, generation_config.temperature)
     pace = _open_pace(assistant, worker, drafters, options, stats, manner)
     context = ContextSource(texts_of(input_ids, prompt.mask)) if options.context_nodes else None
-    batch = Batch(worker, drafters, choosers, options, context=context, pace=pace)
+    batch = Batch(worker, drafters, choosers, options, context=context, pace=pace, manner=manner)
     decode(batch, passes, observer, cycles_of(assistant, batch))
     observer.end()
     stats.attention_backend = str(worker.attention)  # what was measured on the way included

@@ -89,6 +89,7 @@ class Batch:
     options: DecodingOptions
     context: ContextSource | None = field(default=None, kw_only=True)  # the rows' texts so far
     pace: Pace | None = field(default=None, kw_only=True)  # what decides where the options leave it open
+    manner: str = field(default="", kw_only=True)  # how the target chooses, see `paying.manner_of`
 
     def begin(self, prompt_passes: Iterable[TargetPass]) -> tuple[TargetPass, list[int]]:
         """Run the prompts, show them to the drafters, and let the target choose each row's first token."""

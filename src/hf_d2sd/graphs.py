@@ -445,7 +445,8 @@ def _open_shapes(assistant: D2SDAssistant, batch: Batch) -> Callable[[int], Shap
         place = Place.of(target.model, target.device, rows, capacity)
         parts = guess(place, target.model, [drafter.model for drafter in batch.drafters])
         place = replace(place, device=f"{place.device}, recorded")
-        pace = ShapePace(shapes, costs.at(place, lambda: of_whole_cycles(parts, shapes)), Stopwatch(target.device))
+        table = costs.at(place, lambda: of_whole_cycles(parts, shapes))
+        pace = ShapePace(shapes, table, Stopwatch(target.device), batch.manner)
         stats.decisions = pace.decisions
         return pace
 

@@ -383,14 +383,15 @@ class ShapePace:
         shapes: nodes and branches of each, the plain step first, and each with one drafter more.
         table: costs of whole cycles, see `costs.of_whole_cycles`.
         watch: takes the times.
+        manner: how the target chooses, see `manner_of`.
     """
 
-    def __init__(self, shapes: list[tuple[int, int]], table: CostTable, watch: Stopwatch):
+    def __init__(self, shapes: list[tuple[int, int]], table: CostTable, watch: Stopwatch, manner: str = ""):
         self.shapes, self.table, self.watch = shapes, table, watch
         self.decisions = Decisions()
         self.purse = Purse()
         self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
-        self._shared = [table.yielded(f"cycle:{branches}:{nodes}") for nodes, branches in shapes]
+        self._shared = [table.yielded(f"cycle:{branches}:{nodes}{manner}") for nodes, branches in shapes]
         self._yields = [tally.begun() for tally in self._shared]
         self._expected: list[float] = []  # costs of the cycles whose times are not known yet
         self._reasons: list[str] = []  # of the cycles that were not read yet
