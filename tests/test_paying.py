@@ -6,8 +6,21 @@ from collections import Counter
 
 import pytest
 
-from hf_d2sd.costs import FIRST, ONCE, PASS, REST, SECOND, CostTable, Curve
-from hf_d2sd.paying import BEGINNING, FEW, LUCK, MOST, SHARE, Decisions, Offer, Pace, Purse, best, manner_of, trees
+from hf_d2sd.costs import AHEAD, BEGINNING, FIRST, ONCE, PASS, REST, SECOND, CostTable, Curve, Savings
+from hf_d2sd.paying import (
+    FEW,
+    LUCK,
+    MOST,
+    SHARE,
+    Decisions,
+    Offer,
+    Pace,
+    Purse,
+    best,
+    manner_of,
+    purse_out_of,
+    trees,
+)
 
 
 def rate_of(policy, situations) -> float:
@@ -118,6 +131,76 @@ def test_tries_become_rarer_while_they_lose_and_follow_each_other_once_they_gain
         assert purse.is_time and purse.affords(price)
         purse.saw(3.0, 1 + price)
         purse.tried(2 - price)
+
+
+def never_right(rng: random.Random, price: float):
+    """Yields of tries that promise to pay and never do, but for luck: what the real text gave, then what was lost."""
+    return lambda purse: purse.saw(1 + price + rng.uniform(0, 0.2), 1 + price, 1.0)
+
+
+def short_calls(savings: Savings, lengths, price: float, try_once, limit=None) -> tuple[list[float], list[int]]:
+    """Plain steps that each of these calls lost to tries, and how many tries it had."""
+    losses, tries = [], []
+    for length in lengths:
+        with purse_out_of(savings, limit or length) as purse:
+            tries.append(0)
+            for _ in range(length):
+                if purse.affords(price):
+                    try_once(purse)
+                    tries[-1] += 1
+                else:
+                    purse.saw(1.0)
+        losses.append(price * tries[-1])
+    return losses, tries
+
+
+@pytest.mark.parametrize("price", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("length", [5, 20, 60, 96, 150, 1000])
+def test_a_call_of_any_length_loses_three_percent_of_it_at_most(length, price):
+    """However much its drafts promise."""
+    (loss,), _ = short_calls(Savings(), [length], price, never_right(random.Random(0), price))
+    assert loss <= 0.03 * length + 1e-9
+
+
+@pytest.mark.parametrize("limited", [True, False])
+@pytest.mark.parametrize("seed", range(10))
+def test_calls_of_any_lengths_lose_three_percent_of_all_of_them(seed, limited):
+    """And two steps once, where a call ended sooner than its limit said."""
+    rng = random.Random(seed)
+    price, lengths = rng.uniform(0.05, 1.2), [rng.choice((3, 10, 20, 60, 200)) for _ in range(200)]
+    losses, tries = short_calls(Savings(), lengths, price, never_right(rng, price), None if limited else 500)
+    done, lost = 0, 0.0
+    for length, loss in zip(lengths, losses):
+        done, lost = done + length, lost + loss
+        assert lost <= 0.03 * done + (1 + LUCK) * BEGINNING
+    assert sum(tries) > 10 and (not limited or lost <= 0.03 * done)
+
+
+def test_short_calls_save_for_a_try_and_keep_trying_where_it_pays():
+    _, tries = short_calls(Savings(), [20] * 12, 0.8, never_right(random.Random(0), 0.8))
+    assert tries[0] == 0 and sum(tries) >= 2
+    _, tries = short_calls(Savings(), [20] * 12, 0.8, lambda purse: purse.saw(3.0, 1.8))
+    first = next(call for call, count in enumerate(tries) if count)
+    assert first <= 3 and all(tries[first:])
+
+
+def test_a_call_that_fails_gives_back_what_it_took():
+    savings = Savings()
+    with pytest.raises(RuntimeError), purse_out_of(savings, 50):
+        raise RuntimeError
+    assert savings.held == 0 and savings == Savings()
+    saved = Savings(held=-0.7)
+    saved.steps.add(30.0, 1.0)
+    savings.load(saved.as_dict())
+    assert savings == saved
+    savings.load({})
+    assert savings == Savings()
+
+
+def test_calls_at_the_same_time_do_not_spend_the_same_savings():
+    savings = Savings(held=1.0)
+    with purse_out_of(savings, 20) as one, purse_out_of(savings, 20) as other:
+        assert one.begun == pytest.approx(1.0 + 20 * AHEAD) and other.begun < 20 * AHEAD + 1e-9
 
 
 @pytest.mark.parametrize(("added", "first"), [(0.5, 0), (-0.5, 8)])
@@ -357,7 +440,7 @@ def a_call(reach, new: int, right: float, seed: int = 0, free: bool = False) -> 
 @pytest.mark.parametrize("reach", [[0.99] * 8, [0.9, 0.8, 0.7], [0.6, 0.3, 0.2], [0.3, 0.2], [0.1]])
 def test_what_drafts_promise_and_never_keep_costs_a_call_little(reach, new, free):
     loss, pace = a_call(reach, new, right=0.0, free=free)
-    assert loss <= BEGINNING + LUCK + SHARE * new
+    assert loss <= (1 + LUCK) * BEGINNING + SHARE * new
     assert free or pace.decisions.kinds["plain"] > 0.8 * new
 
 

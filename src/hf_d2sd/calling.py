@@ -1,7 +1,10 @@
 """One call of `generate`: what decoding works on is made from its arguments, and what it returns from the outcome."""
 
 import functools
+import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -18,7 +21,7 @@ from .graphs import cycles_of
 from .modeling import D2SDAssistant
 from .observing import Observer
 from .options import MOST_NODES, DecodingOptions, settle
-from .paying import Pace, manner_of
+from .paying import Pace, manner_of, purse_out_of
 from .probing import attention_for
 from .prompts import Prompt, join_records, join_sequences, read_prompt, texts_of
 from .stats import D2SDStats
@@ -62,11 +65,11 @@ def assisted_decode(
         _check_recurrent(options.compile, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
-    manner = manner_of(generation_config.do_sample, generation_config.temperature)
-    pace = _open_pace(assistant, worker, drafters, options, stats, manner)
     context = ContextSource(texts_of(input_ids, prompt.mask)) if options.context_nodes else None
-    batch = Batch(worker, drafters, choosers, options, context=context, pace=pace, manner=manner)
-    decode(batch, passes, observer, cycles_of(assistant, batch))
+    manner = manner_of(generation_config.do_sample, generation_config.temperature)
+    batch = Batch(worker, drafters, choosers, options, context=context, manner=manner)
+    with _deciding(assistant, batch, stats):
+        decode(batch, passes, observer, cycles_of(assistant, batch))
     observer.end()
     stats.attention_backend = str(worker.attention)  # what was measured on the way included
     choosers.cut()
@@ -104,18 +107,24 @@ def _open_drafters(
     return [Drafter(model, worker.model, context, backend) for model, context in zip(models, contexts)]
 
 
-def _open_pace(
-    assistant: D2SDAssistant,
-    worker: Target,
-    drafters: list[Drafter],
-    options: DecodingOptions,
-    stats: D2SDStats,
-    manner: str,
-) -> Pace | None:
-    """What decides in each cycle, with what earlier calls measured; `None` where options or recorded shapes do."""
-    if not options.auto or options.compile:
-        return None
-    costs, networks = costs_of(assistant), [drafter.model for drafter in drafters]
+@contextmanager
+def _deciding(assistant: D2SDAssistant, batch: Batch, stats: D2SDStats) -> Iterator[None]:
+    """While a call decodes: where its options leave it open, give it what decides, and what that may lose."""
+    if not batch.options.auto:
+        yield
+        return
+    rooms = batch.choosers.rooms
+    with purse_out_of(costs_of(assistant).savings, math.inf if rooms is None else max(rooms)) as batch.purse:
+        if not batch.options.compile:  # recorded shapes have a pace of their own
+            batch.pace = _open_pace(assistant, batch)
+            stats.decisions = batch.pace.decisions
+        yield
+
+
+def _open_pace(assistant: D2SDAssistant, batch: Batch) -> Pace:
+    """What decides in each cycle, with what earlier calls measured."""
+    worker, options = batch.target, batch.options
+    costs, networks = costs_of(assistant), [drafter.model for drafter in batch.drafters]
 
     @functools.cache
     def table_for(rows: int, context: int):
@@ -126,9 +135,8 @@ def _open_pace(
         return table_for(rows, context_of(length))
 
     branches = options.num_branches if options.redrafts else 0
-    pace = Pace(table_at, Stopwatch(worker.device), branches, options.tree_budget or MOST_NODES, manner)
-    stats.decisions = pace.decisions
-    return pace
+    nodes = options.tree_budget or MOST_NODES
+    return Pace(table_at, Stopwatch(worker.device), branches, nodes, batch.manner, batch.purse)
 
 
 def _is_cache_seen(prompt: Prompt, generation_config: GenerationConfig, user_cache) -> bool:

@@ -28,6 +28,9 @@ KEPT = 16  # measurements of a part, and of a plain step, that count: the latest
 FEW = 3  # measurements of a part, below which its cost may be no more than that of its first runs
 LONG_AGO = 32  # cycles after which plain steps of before count for little: machines get slower and faster
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # of passes: few, so that each is measured soon, and what products are filled up to
+BEGINNING = 1.5  # plain steps that a call may lose before anything was gained, at the most
+AHEAD = BEGINNING / 100  # of a call's plain steps, which it may lose before it has them
+LIKELY = 100.0  # plain steps of a call, before any is known
 
 
 class Costs:
@@ -36,6 +39,7 @@ class Costs:
     def __init__(self):
         self._lock = threading.RLock()
         self.tables: dict[Place, CostTable] = {}
+        self.savings = Savings(lock=self._lock)
 
     def at(self, place: "Place", guess: Callable[[], "CostTable"]) -> "CostTable":
         """The table of a place. A new one begins as `guess` says."""
@@ -48,7 +52,10 @@ class Costs:
     def as_dict(self) -> dict:
         """What `from_dict` reads, for a JSON file."""
         with self._lock:
-            return {"costs": [{**vars(place), **table.as_dict()} for place, table in self.tables.items()]}
+            return {
+                "costs": [{**vars(place), **table.as_dict()} for place, table in self.tables.items()],
+                "savings": self.savings.as_dict(),
+            }
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Costs":
@@ -62,6 +69,7 @@ class Costs:
             for entry in saved["costs"]:
                 place = Place(**{known.name: entry[known.name] for known in fields(Place)})
                 costs.at(place, functools.partial(CostTable.from_dict, entry))
+            costs.savings.load(dict(saved.get("savings", {})))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"These are no costs as `save_costs` writes them: {type(error).__name__}: {error}"
@@ -136,6 +144,41 @@ class Tally:
         """A copy for one call: what was known before counts for no more than `most`."""
         share = min(1.0, most / self.to) if self.to > 0 else 1.0
         return Tally(self.prior, self.weight, self.keeps, share * self.of, share * self.to)
+
+
+@dataclass
+class Savings:
+    """What calls may begin with, in plain steps, so that short ones lose no greater share to tries than long ones.
+
+    A try costs about a plain step, which is 1% of a call of 100 and 10% of a call of ten. So a call begins with a
+    share `AHEAD` of the steps that it will likely have, and what others before it have left of theirs: several short
+    calls save for one try. What a call lost that then was shorter, later ones do without.
+    """
+
+    held: float = 0.0  # less than nothing: owed
+    steps: Tally = field(default_factory=lambda: Tally(LIKELY, 1.0, keeps=0.9))  # of a call
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
+
+    def take(self, limit: float) -> float:
+        """What a call of at most so many tokens begins with."""
+        with self.lock:
+            begun = min(max(self.held + AHEAD * min(limit, self.steps.ratio), 0.0), BEGINNING)
+            self.held -= begun
+            return begun
+
+    def give_back(self, left: float, steps: float) -> None:
+        """The call is over: what is left of that, and the plain steps that its tokens would have taken."""
+        with self.lock:
+            self.held = min(self.held + AHEAD * steps + left, BEGINNING)
+            if steps:
+                self.steps.add(steps, 1.0)
+
+    def as_dict(self) -> dict:
+        return {"held": self.held, "of": self.steps.of, "to": self.steps.to}
+
+    def load(self, saved: dict) -> None:
+        """As `as_dict` gave it, or as new where it has nothing."""
+        self.held, self.steps.of, self.steps.to = (float(saved.get(name, 0.0)) for name in ("held", "of", "to"))
 
 
 class Curve:

@@ -15,7 +15,7 @@ from .costs import PASS
 from .drafting import Drafter
 from .growing import State, grow
 from .options import DecodingOptions
-from .paying import Pace
+from .paying import Pace, Purse
 from .target import Target, TargetPass
 from .tree import CandidateTree, HostTree
 
@@ -90,6 +90,7 @@ class Batch:
     context: ContextSource | None = field(default=None, kw_only=True)  # the rows' texts so far
     pace: Pace | None = field(default=None, kw_only=True)  # what decides where the options leave it open
     manner: str = field(default="", kw_only=True)  # how the target chooses, see `paying.manner_of`
+    purse: Purse = field(default_factory=Purse, kw_only=True)  # what trying may cost, where there is a choice
 
     def begin(self, prompt_passes: Iterable[TargetPass]) -> tuple[TargetPass, list[int]]:
         """Run the prompts, show them to the drafters, and let the target choose each row's first token."""

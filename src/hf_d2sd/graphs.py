@@ -446,7 +446,7 @@ def _open_shapes(assistant: D2SDAssistant, batch: Batch) -> Callable[[int], Shap
         parts = guess(place, target.model, [drafter.model for drafter in batch.drafters])
         place = replace(place, device=f"{place.device}, recorded")
         table = costs.at(place, lambda: of_whole_cycles(parts, shapes))
-        pace = ShapePace(shapes, table, Stopwatch(target.device), batch.manner)
+        pace = ShapePace(shapes, table, Stopwatch(target.device), batch.manner, batch.purse)
         stats.decisions = pace.decisions
         return pace
 

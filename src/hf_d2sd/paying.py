@@ -6,15 +6,15 @@ All of it is one rule, `best`, applied to what is known at each step of a cycle.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from .costs import FIRST, ONCE, PASS, REST, SECOND, SIZES, CostTable, Part, Stopwatch, Tally
+from .costs import BEGINNING, FIRST, ONCE, PASS, REST, SECOND, SIZES, CostTable, Part, Savings, Stopwatch, Tally
 
 SHARE = 0.01  # of a call's time that trying may cost, beside what it begins with
-BEGINNING = 1.5  # plain steps that a call may lose before anything was gained
 MOST = 4.0  # plain steps of gains that may be lost again
-LUCK = 0.5  # plain steps that a call may fall short of what was expected, before it is thought to be no chance
+LUCK = 1 / 3  # of what a call begins with: so far it may fall short of what was expected, before that is no chance
 LONGEST = 64.0  # plain steps between tries, however often they lost
 LATER = 8.0  # plain steps before a call's first try, where other calls' drafts lost
 FEW = 8  # nodes of a tree, up to which the drafts' surest tokens are most of it
@@ -76,20 +76,29 @@ def trees(reach: Sequence[float], cost: Callable[[int], float], rows: int, sizes
 class Purse:
     """What trying may still cost a call, in plain steps: a bound of what drafts that do not pay take from it.
 
-    A call may lose `BEGINNING` and a share `SHARE` of the plain steps that its tokens would take; what drafts gained
-    it may lose again, up to `MOST`. All that is by what was expected: tokens themselves come by luck, and a few
-    unlucky cycles must not end what pays. But no call falls short of it by more than `LUCK`, whatever its drafts
-    promise. While drafts lose, those that are tried become rarer.
+    A call may lose what it begins with and a share `SHARE` of the plain steps that its tokens would take; what drafts
+    gained it may lose again, up to `MOST`. All that is by what was expected: tokens themselves come by luck, and a few
+    unlucky cycles must not end what pays. But no call falls short of it by more than `LUCK` of what it began with,
+    whatever its drafts promise. While drafts lose, those that are tried become rarer.
+
+    Args:
+        begun: what it begins with, see `Savings`.
     """
 
-    def __init__(self):
-        self.held = self.real = BEGINNING  # by what was expected, and by what came
+    def __init__(self, begun: float = BEGINNING):
+        self.begun = self.held = self.real = begun  # `held` by what was expected, `real` by what came
+        self.steps = 0.0  # plain steps' worth that came
         self.wait = 0.0  # plain steps from a try that lost to the next one
         self.waited = 0.0
 
+    @property
+    def left(self) -> float:
+        """Of what it began with; less than nothing where luck was bad."""
+        return min(self.held, self.real, self.begun)
+
     def affords(self, price: float) -> bool:
         """Whether so much may be lost."""
-        return price <= min(self.held, self.real + LUCK)
+        return price <= min(self.held, self.real + LUCK * self.begun)
 
     @property
     def is_time(self) -> bool:
@@ -101,6 +110,7 @@ class Purse:
         got = expected if got is None else got
         self.held = min(self.held + SHARE * got + expected - cost, MOST)
         self.real = min(self.real + SHARE * got + got - cost, MOST)
+        self.steps += got
         self.waited += got
 
     def expect_loss(self) -> None:
@@ -110,6 +120,16 @@ class Purse:
     def tried(self, gained: float) -> None:
         """What was tried is expected to gain so much, or to lose it."""
         self.wait, self.waited = 0.0 if gained > 0 else min(max(4 * self.wait, 2.0), LONGEST), 0.0
+
+
+@contextmanager
+def purse_out_of(savings: Savings, limit: float) -> Iterator[Purse]:
+    """A call's purse, of a call of at most so many tokens a row; what is left goes back, whatever becomes of it."""
+    purse = Purse(savings.take(limit))
+    try:
+        yield purse
+    finally:
+        savings.give_back(purse.left, purse.steps)
 
 
 @dataclass
@@ -156,6 +176,7 @@ class Pace:
         watch: takes the times.
         most_branches, most_nodes: bounds of what is decided on.
         manner: how the target chooses, see `manner_of`: what drafts are worth depends on it.
+        purse: what trying may cost the call.
     """
 
     def __init__(
@@ -165,13 +186,14 @@ class Pace:
         most_branches: int,
         most_nodes: int,
         manner: str = "",
+        purse: Purse | None = None,
     ):
         self._table_at, self.watch, self._manner = table_at, watch, manner
         self._counts = [count for count in (1, 2, 4, 8, 16) if count < most_branches]
         self._counts += [most_branches] if most_branches else []
         self._sizes = [size for size in SIZES if size < most_nodes] + [most_nodes]
         self.decisions = Decisions()
-        self.purse = Purse()
+        self.purse = Purse() if purse is None else purse
         self._have_run: set[str] = set()  # drafters, by their parts
         self._was_asked = False  # whether to draft
         self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
@@ -384,12 +406,20 @@ class ShapePace:
         table: costs of whole cycles, see `costs.of_whole_cycles`.
         watch: takes the times.
         manner: how the target chooses, see `manner_of`.
+        purse: what trying may cost the call.
     """
 
-    def __init__(self, shapes: list[tuple[int, int]], table: CostTable, watch: Stopwatch, manner: str = ""):
+    def __init__(
+        self,
+        shapes: list[tuple[int, int]],
+        table: CostTable,
+        watch: Stopwatch,
+        manner: str = "",
+        purse: Purse | None = None,
+    ):
         self.shapes, self.table, self.watch = shapes, table, watch
         self.decisions = Decisions()
-        self.purse = Purse()
+        self.purse = Purse() if purse is None else purse
         self._rate = Tally(1.0, 4.0, keeps=0.95)  # tokens a row and plain step
         self._shared = [table.yielded(f"cycle:{branches}:{nodes}{manner}") for nodes, branches in shapes]
         self._yields = [tally.begun() for tally in self._shared]
