@@ -13,7 +13,8 @@ decoding by what bf16 rounds otherwise in passes of other shapes.
 
 The rows of the paper's ablation hold all nodes that the drafts give; the wide trees hold --nodes, the anchor included:
 the nodes a pass are printed beside each figure, since they are what a pass costs. Several --nodes give a row each, and
---heads with without measures the pair a second time without its path heads (and the temperatures that go with them).
+--heads with without measures the pair a second time without its path heads and what the text so far says of paths (and
+the temperatures that go with them); heads and text measure it with one of the two.
 
 The oracles, which need --replay, follow the target's own path for as long as the drafts' candidates hold it: what no
 tree of these candidates can exceed.
@@ -62,11 +63,17 @@ SIZED = [row for row in ROWS if row.startswith("wide")]
 
 
 ORACLES = {"oracle, first drafter alone": "ddtree", "oracle, D²SD": "d2sd-wide"}
-WITHOUT = ", without heads"
+# What drafts know of their paths: in the words of the table, and whether the pair has its heads, and reads the text.
+PATHS = {
+    "with": ("", True, True),
+    "without": (", without heads", False, False),
+    "heads": (", heads alone", True, False),
+    "text": (", text alone", False, True),
+}
 
 
-def strategies(args) -> dict[str, tuple[str, int, bool]]:
-    """By the words of the table: a strategy's name, nodes of a wide tree, and whether the pair has its path heads."""
+def strategies(args) -> dict[str, tuple[str, int, str]]:
+    """By the words of the table: a strategy's name, nodes of a wide tree, and which of `PATHS`."""
     result = {}
     for heads in args.heads:
         for row in args.strategies:
@@ -74,21 +81,25 @@ def strategies(args) -> dict[str, tuple[str, int, bool]]:
             trees = args.nodes if "{nodes}" in name or row in SIZED else args.nodes[:1]
             for nodes in trees:
                 words = row if len(trees) == 1 else f"{row}, {nodes} nodes"
-                words += "" if heads == "with" else WITHOUT
-                result[words] = name.format(width=args.width, nodes=nodes), nodes, heads == "with"
+                words += PATHS[heads][0]
+                result[words] = name.format(width=args.width, nodes=nodes), nodes, heads
     return result
 
 
-def generate_arguments(args, models: dict[bool, Models], name: str, nodes: int, heads: bool) -> dict:
+def generate_arguments(args, models: dict[str, Models], name: str, nodes: int, heads: str) -> dict:
     known = all_strategies(args.branches, args.width, nodes)
     return find_strategy(name, known).generate_arguments(models[heads])
 
 
-def read_pair(args, heads: bool) -> Models:
+def read_pair(args, heads: str) -> Models:
     pair = hf_d2sd.D2SDAssistant.from_pretrained(args.pair, dtype=getattr(torch, args.dtype))
-    if not heads:
-        for drafter in pair.drafters:
-            drafter.path_head = drafter.config.path_rank = drafter.config.confidence_temperatures = None
+    _, has_heads, reads_text = PATHS[heads]
+    for drafter in pair.drafters if heads != "with" else ():
+        drafter.config.confidence_temperatures = None
+        if not has_heads:
+            drafter.path_head = drafter.config.path_rank = None
+        if not reads_text:
+            drafter.config.path_text_weight = None
     return Models(pair)
 
 
@@ -127,7 +138,7 @@ def measure(args) -> None:
     """Write a row for each batch and strategy: committed tokens, target passes and nodes."""
     dtype = getattr(torch, args.dtype)
     target, tokenizer = load_smollm2(dtype)
-    models = {heads == "with": read_pair(args, heads == "with") for heads in args.heads}
+    models = {heads: read_pair(args, heads) for heads in args.heads}
     path = args.out.with_name(f"{args.out.stem}{f'-{args.part}' if args.parts > 1 else ''}.jsonl")
     known = {(row["keys"][0], row["strategy"]) for row in read_rows(args.out)}
     todo = batches(args, tokenizer)[args.part :: args.parts]
@@ -224,7 +235,7 @@ def main() -> None:
     parser.add_argument("--branches", type=int, default=4, help="K")
     parser.add_argument("--width", type=int, default=8, help="of the wide trees")
     parser.add_argument("--nodes", type=int, nargs="+", default=[32], help="of the wide trees")
-    parser.add_argument("--heads", nargs="+", choices=["with", "without"], default=["with"], help="path heads")
+    parser.add_argument("--heads", nargs="+", choices=list(PATHS), default=["with"], help="path heads")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(

@@ -82,11 +82,18 @@ def guesses(trainee: Trainee, blocks, candidates: int) -> tuple[torch.Tensor, di
     tokens = best.indices if model.config.draft_vocab_size is None else model.draft_token_ids[best.indices]
     drafts = {"without head": tokens[..., 0]}
     if model.path_head is not None:
+        labelled = torch.ones_like(blocks.labels, dtype=torch.bool)
         before = trainee._before(true_tokens(blocks).roll(1, -1))[..., None, :].to(hidden.dtype)
         rows = trainee._path_parts.rows(best.indices).to(hidden.dtype)
         others = rest(best.values, logits.logsumexp(-1))
-        chosen = conditional(best.values, model.path_head(hidden, before, rows), others)[..., 0, :].argmax(-1)
+        scores = model.path_head(hidden, before, rows)
+        chosen = conditional(best.values, scores, others)[..., 0, :].argmax(-1)
         drafts["with head"] = tokens.gather(-1, chosen[..., None])[..., 0]
+        of_text = trainee._of_text(blocks, labelled)
+        if of_text is not None:
+            scores = scores + of_text(slice(None), best.indices.flatten(0, 2)).view(*best.indices.shape)[..., None, :]
+            chosen = conditional(best.values, scores, others)[..., 0, :].argmax(-1)
+            drafts["with head and text"] = tokens.gather(-1, chosen[..., None])[..., 0]
     return tokens, drafts
 
 

@@ -93,6 +93,9 @@ class D2SDDrafterConfig(_CheckedConfig):
         path_width (`int`, *optional*): inner width of a path head of the kind `"projection"`; defaults to twice its
             rank.
         path_candidates (`int`): how many of a slot's likeliest tokens the path head scores.
+        path_text_weight (`float`, *optional*): where set, the text so far speaks of paths too, with a path head or
+            without: what is added to a token's logit, at most, for having followed the token before it earlier in the
+            text. See `hf_d2sd.followers.shares`.
         confidence_head (`str`, *optional*): where set, the drafter says itself how likely a drafted token is to be
             accepted, from `"slot"`, its hidden state, or `"path"`, that and the path head's vector of the token
             before.
@@ -146,6 +149,7 @@ class D2SDDrafterConfig(_CheckedConfig):
     path_kind: str = "projection"
     path_width: int | None = None
     path_candidates: int = 16
+    path_text_weight: float | None = None
     confidence_head: str | None = None
     confidence_temperatures: list[float] | None = None
     tokenizer_fingerprint: str | None = None
@@ -205,6 +209,11 @@ class D2SDDrafterConfig(_CheckedConfig):
         _require(
             self.draft_vocab_size is None or 1 <= self.draft_vocab_size <= (self.vocab_size or 0),
             f"draft_vocab_size is {self.draft_vocab_size}; it must lie between 1 and vocab_size={self.vocab_size}.",
+        )
+        weight = self.path_text_weight
+        _require(
+            weight is None or 0 <= weight < float("inf"),
+            f"path_text_weight is {weight}; it must be a number from 0 on, or None where the text is not read.",
         )
         temperatures = self.confidence_temperatures
         _require(

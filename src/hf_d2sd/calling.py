@@ -17,6 +17,7 @@ from .context import ContextSource
 from .costs import Place, Stopwatch, context_of, costs_of, guess
 from .decoding import Batch, decode
 from .drafting import DraftContext, Drafter
+from .followers import Followers
 from .graphs import cycles_of
 from .modeling import D2SDAssistant
 from .observing import Observer
@@ -65,9 +66,11 @@ def assisted_decode(
         _check_recurrent(options.compile, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
-    context = ContextSource(texts_of(input_ids, prompt.mask)) if options.context_nodes else None
+    texts = texts_of(input_ids, prompt.mask)
+    context = ContextSource(texts) if options.context_nodes else None
+    followers = Followers(texts, worker.device) if any(drafter.reads_text for drafter in drafters) else None
     manner = manner_of(generation_config.do_sample, generation_config.temperature)
-    batch = Batch(worker, drafters, choosers, options, context=context, manner=manner)
+    batch = Batch(worker, drafters, choosers, options, context=context, followers=followers, manner=manner)
     with _deciding(assistant, batch, stats):
         decode(batch, passes, observer, cycles_of(assistant, batch))
     observer.end()

@@ -184,7 +184,7 @@ class FixedShapes:
         assert batch.choosers.rooms is not None
         capacity = buffer_size(max(target.cache.lengths) + max(batch.choosers.rooms) + width)
         workers = [FixedDrafter(drafter, capacity, width, self.compiler) for drafter in drafters]
-        fixed = FixedBatch(target, list(workers), batch.choosers, options, self.compiler)
+        fixed = FixedBatch(target, list(workers), batch.choosers, options, self.compiler, followers=batch.followers)
         cache = FixedCache.of(target.cache, capacity, options.tree_size, self.compiler)
         cache.place(torch.arange(capacity, capacity + options.tree_size, device=target.device))
         target.cache, target.run = cache, own_outputs(self.compiler(target.model))

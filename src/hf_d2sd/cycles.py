@@ -17,6 +17,7 @@ from .candidates import Draft
 from .captured import FixedLayer
 from .compat import LogitsProcessorList
 from .drafting import ContextPlace, DraftContext, Drafter
+from .followers import CycleFollowers
 from .growing import State, chain, grow, levels, paper, plain, samples, wide
 from .options import DecodingOptions
 from .target import Target, TargetPass
@@ -297,6 +298,7 @@ class Cycle:
     choice: Choice
     origin: Origin
     width: int  # W, of paths: at least as long as the longest there can be
+    followers: CycleFollowers | None = None  # of the rows' texts, for drafters that read them
 
     def __call__(self, state: CycleState) -> CycleState:
         self._begin(state)
@@ -333,6 +335,8 @@ class Cycle:
         for drafter in self.drafters:
             drafter.extend(step, self.target.positions, paths, counts)
         emitted = choices.gather(1, paths)
+        if self.followers is not None:
+            self.followers.extend(state.anchors, emitted, counts, state.gained)
         last = emitted.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
         gained = state.gained + counts
         ended = (last[:, None] == self.origin.ends).any(-1) | (gained >= self.origin.rooms)

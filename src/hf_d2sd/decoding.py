@@ -13,6 +13,7 @@ from .choosing import Chooser, Choosers
 from .context import ContextSource
 from .costs import PASS
 from .drafting import Drafter
+from .followers import Followers
 from .growing import State, grow
 from .options import DecodingOptions
 from .paying import Pace, Purse
@@ -88,9 +89,14 @@ class Batch:
     choosers: Choosers
     options: DecodingOptions
     context: ContextSource | None = field(default=None, kw_only=True)  # the rows' texts so far
+    followers: Followers | None = field(default=None, kw_only=True)  # the same, for drafters that read it
     pace: Pace | None = field(default=None, kw_only=True)  # what decides where the options leave it open
     manner: str = field(default="", kw_only=True)  # how the target chooses, see `paying.manner_of`
     purse: Purse = field(default_factory=Purse, kw_only=True)  # what trying may cost, where there is a choice
+
+    def __post_init__(self) -> None:
+        for drafter in self.drafters:
+            drafter.followers = self.followers if drafter.reads_text else None
 
     def begin(self, prompt_passes: Iterable[TargetPass]) -> tuple[TargetPass, list[int]]:
         """Run the prompts, show them to the drafters, and let the target choose each row's first token."""
@@ -103,9 +109,14 @@ class Batch:
             chooser.know(row)
         anchors = [chooser.choose(0) for chooser in self.choosers.active]
         self._let_draft(anchors)
-        if self.context is not None:
-            self.context.extend([[anchor] for anchor in anchors])
+        for text in self._texts:
+            text.extend([[anchor] for anchor in anchors])
         return step, anchors
+
+    @property
+    def _texts(self) -> list[ContextSource | Followers]:
+        """What follows the rows' texts."""
+        return [text for text in (self.context, self.followers) if text is not None]
 
     def _let_draft(self, tokens: list[int]) -> None:
         """What the text says can be drafted from now on."""
@@ -166,8 +177,8 @@ class Batch:
         for drafter in self.drafters:
             drafter.extend(step, self.target.positions, accepted.nodes, counts)
         self._let_draft([token for row in accepted.emitted for token in row])
-        if self.context is not None:
-            self.context.extend(accepted.emitted)
+        for text in self._texts:
+            text.extend(accepted.emitted)
         if self.pace is not None:
             self.pace.end(sum(map(len, accepted.emitted)), sum(max(count - 1, 0) for count in counts))
 
@@ -179,6 +190,6 @@ class Batch:
             self.target.select(staying)
             for drafter in self.drafters:
                 drafter.select(staying)
-            if self.context is not None:
-                self.context.select(staying)
+            for text in self._texts:
+                text.select(staying)
         return [anchors[at] for at in staying]

@@ -13,6 +13,7 @@ from .attention import Nodes, TreeAttention
 from .cache import Place, TreeCache, per_row
 from .candidates import Draft
 from .compat import execution_device, for_few_tokens, without_embed_norm
+from .followers import CycleFollowers, Followers
 from .modeling import D2SDDrafterModel
 from .products import linear
 from .target import TargetPass
@@ -44,10 +45,16 @@ class Drafter:
             self._before, self._at = model.path_head.tables(
                 self._embed, lambda places: rows(places, self._target_tokens(places, places.device))
             )
+        self.followers: Followers | CycleFollowers | None = None  # of the rows' texts so far, where it reads them
         self._generator = torch.Generator(execution_device(target.get_output_embeddings())).manual_seed(0)  # not yours
         self._attention = TreeAttention.for_model(model, backend, two_sided=True)
         self._by_slot: Tensor | None = None  # (γ-1, 1), the confidence temperatures once they were needed
         self._nodes: dict[tuple[int, int, int], Nodes] = {}  # (B, K, γ) → what such blocks see of each other
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether what followed which token in the text so far counts for its paths."""
+        return self.model.config.path_text_weight is not None
 
     def extend(
         self, step: TargetPass, positions: list[int], nodes: Tensor | None = None, counts: list[int] | None = None
@@ -146,12 +153,12 @@ class Drafter:
         logits = logits.float()  # (B, K, γ-1, V')
         temperatures = self._temperatures(logits)
         logits = logits if temperatures is None else logits / temperatures
-        head = self.model.path_head
-        values, indices = _best(logits, width if head is None else max(width, self.model.config.path_candidates))
+        linked = self.model.path_head is not None or self.followers is not None
+        values, indices = _best(logits, max(width, self.model.config.path_candidates) if linked else width)
         total = logits.logsumexp(-1, keepdim=True)
         tokens = self._target_tokens(indices, blocks.device)
         log_probs, transitions = values - total, None
-        if head is not None:
+        if linked:
             given = blocks[..., 1:, None] != self.model.config.mask_token_id  # (B, K, γ-1, 1), a kept prefix
             tokens, values, total = _with_given(given, blocks[..., 1:, None], tokens, values, total)
             scores = self._scores(hidden.view(rows, count, block_size - 1, -1), indices, tokens, blocks[..., :1, None])
@@ -161,7 +168,7 @@ class Drafter:
         draft = Draft(tokens, confidence, log_probs, blocks.new_zeros(rows, count), logits, transitions)
         if width > 1:
             return draft
-        draft = draft if head is None else draft.chain()
+        draft = draft.chain() if linked else draft
         said = self._said(hidden.view(rows, count, block_size - 1, -1), draft.best, blocks[..., :1])
         return draft if said is None else replace(draft, confidence=said.to(blocks.device)[..., None])
 
@@ -186,7 +193,7 @@ class Drafter:
         return None if self._by_slot is None else self._by_slot[: logits.shape[2]]
 
     def _scores(self, hidden: Tensor, indices: Tensor, tokens: Tensor, anchor: Tensor) -> Tensor:
-        """(B, K, γ-1, W, W): the path head's, of each candidate after each one of the slot before.
+        """(B, K, γ-1, W, W): of each candidate after each one of the slot before; the path head's, and the text's own.
 
         Args:
             hidden: (B, K, γ-1, H).
@@ -195,9 +202,15 @@ class Drafter:
         """
         width = tokens.shape[-1]
         before = torch.cat([anchor.expand(*anchor.shape[:3], width), tokens[:, :, :-1]], dim=2)
-        previous = self._before(before.flatten(1)).view(*before.shape, -1)
-        parts = (x.to(self.device, self.dtype) for x in (hidden, previous, self._at(indices)))
-        return self.model.path_head(*parts).to(hidden.device)
+        scores = hidden.new_zeros(1)
+        if self.model.path_head is not None:
+            previous = self._before(before.flatten(1)).view(*before.shape, -1)
+            parts = (x.to(self.device, self.dtype) for x in (hidden, previous, self._at(indices)))
+            scores = self.model.path_head(*parts).to(hidden.device)
+        if self.followers is None:
+            return scores
+        shares = self.followers.shares(before.flatten(1, 2), tokens.flatten(1, 2)).view(*before.shape, width)
+        return scores + self.model.config.path_text_weight * shares.to(hidden.device)
 
     def _target_tokens(self, indices: Tensor, device: torch.device) -> Tensor:
         """From places in the draft vocabulary to the target's tokens."""

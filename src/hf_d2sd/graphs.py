@@ -26,6 +26,7 @@ from .cycles import (
 )
 from .decoding import Batch, Observer, cycle
 from .drafting import DraftContext
+from .followers import CycleFollowers
 from .growing import plain, policy_of
 from .modeling import D2SDAssistant
 from .options import DecodingOptions
@@ -132,6 +133,8 @@ class Recorded:
         self.state.alive.copy_(alive)
         for tensor in (self.state.gained, *self.state.counts, *(state.report for state in self._states)):
             tensor.zero_()
+        if self.cycle.followers is not None and batch.followers is not None:
+            self.cycle.followers.load(batch.followers)
         pairs = zip(self.cycle.drafters, batch.drafters, self.state.waiting, self.state.counts)
         for drafter, other, waiting, own in pairs:
             drafter.context.cache.load(other.context.cache)
@@ -188,9 +191,14 @@ def _cycles_of(batch: Batch, shapes: list[DecodingOptions], capacity: int) -> li
     chooser, cache = batch.choosers.rows[0], CycleCache.like(target.cache, capacity, options.tree_size)
     choice = Choice(chooser.logits_processor, chooser.do_sample)
     origin = _blank(_origin_of(batch, [drafter.context for drafter in drafters]))
+    followers = None
+    if batch.followers is not None and twins:
+        followers = CycleFollowers(len(batch.choosers.active), target.device)
+        for twin in twins:
+            twin.followers = followers if twin.reads_text else None
+    targets = [CycleTarget(target, cache, shape.tree_size) for shape in shapes]
     return [
-        Cycle(CycleTarget(target, cache, shape.tree_size), twins, shape, choice, origin, options.depth + 1)
-        for shape in shapes
+        Cycle(its, twins, shape, choice, origin, options.depth + 1, followers) for its, shape in zip(targets, shapes)
     ]
 
 
@@ -277,7 +285,8 @@ class WholeCycles:
         """
         check_limit(batch.choosers)
         shapes = batch.options.shapes
-        staying = StayingBatch(batch.target, batch.drafters, batch.choosers, shapes[-1])
+        rows = batch.target, batch.drafters, batch.choosers, shapes[-1]
+        staying = StayingBatch(*rows, followers=batch.followers)
         anchors = cycle(staying, anchors, observer)  # it reads the prompt, which is of any length
         if not anchors:
             return
@@ -409,6 +418,7 @@ def _key(batch: Batch, shapes: list[DecodingOptions], capacity: int) -> tuple:
         str(target.attention),
         (chooser.do_sample, repr(processors), len(choosers.ends), target.axes_ahead is None),
         (torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)),
+        tuple(drafter.model.config.path_text_weight for drafter in batch.drafters),
         tuple(tensor.data_ptr() for tensor in tensors),  # a graph reads where they were
     )
 

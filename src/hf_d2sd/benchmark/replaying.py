@@ -16,6 +16,7 @@ from ..compat import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
 from ..context import ContextSource
 from ..decoding import Accepted, Batch, decode
 from ..drafting import Drafter
+from ..followers import Followers
 from ..growing import wide_drafts
 from ..modeling import D2SDAssistant
 from ..options import DecodingOptions
@@ -133,11 +134,11 @@ def replay(
     prompts = torch.stack([left_padded(text.tokens[: text.prompt_length], width) for text in texts])
     choosers = KnownChoosers(prompts, [], criteria, do_sample=False)
     drafters = [Drafter(model, target) for model in assistant.drafters[: 2 if options.redrafts else 1]]
-    context = None
-    if options.context_nodes:
-        context = ContextSource(text.tokens[: text.prompt_length].tolist() for text in texts)
-    known, counts = KnownTarget(texts), Counts()
-    loop(Batch(known, drafters, choosers, options, context=context), [known.prompts()], counts)
+    known, counts, begun = KnownTarget(texts), Counts(), [text.tokens[: text.prompt_length].tolist() for text in texts]
+    context = ContextSource(begun) if options.context_nodes else None
+    followers = Followers(begun, known.device) if any(drafter.reads_text for drafter in drafters) else None
+    batch = Batch(known, drafters, choosers, options, context=context, followers=followers)
+    loop(batch, [known.prompts()], counts)
     return counts
 
 

@@ -26,6 +26,7 @@ class Blocks:
     anchors: Tensor  # (B, N)
     labels: Tensor  # (B, N, γ), NO_LABEL at visible slots and past the row's end
     distance: Tensor  # (B, N, γ), from the last visible slot
+    texts: Tensor | None = None  # (B, T), the rows' tokens, for drafters that read what stands before the anchors
     teacher_ids: Tensor | None = None  # (B, N, γ, k), the target's likeliest tokens at each slot
     teacher_log_probs: Tensor | None = None  # (B, N, γ, k), theirs
 
@@ -80,6 +81,7 @@ def cut_blocks(
         anchors=anchors,
         labels=torch.where(exists & ~visible, real, NO_LABEL),
         distance=slot - prefix_lengths[..., None],
+        texts=tokens,
         teacher_ids=_at(position, [teacher.ids for teacher in teachers], 0),
         teacher_log_probs=_at(position, [teacher.log_probs for teacher in teachers], -torch.inf),
     )

@@ -1,10 +1,11 @@
 """A new drafter for a target, and the drafter in training: with the target's frozen embedding and head."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from .. import followers
 from ..binding import tokenizer_fingerprint
 from ..compat import head_sizes
 from ..drafting import draft_embedding, draft_head, head_rows
@@ -196,22 +197,48 @@ class Trainee(nn.Module):
     def guesses(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """Of the M slots that have labels the logits (M, V'), and each one's draft, a place among them (M,).
 
-        By a path head both are given the true token before.
+        By a path head, and where the text so far is read, both are given the true token before.
         """
         labelled = blocks.labels != NO_LABEL
         hidden = self.hidden(blocks)[labelled]
-        logits, parts = self._head(hidden).float(), self._path_parts
-        if parts is None:
+        logits, parts, of_text = self._head(hidden).float(), self._path_parts, self._of_text(blocks, labelled)
+        if parts is None and of_text is None:
             return logits, logits.argmax(-1)
-        best = logits.topk(min(parts.candidates, logits.shape[-1]), dim=-1)
-        rows = parts.rows(best.indices).to(hidden.dtype)
-        scores = parts.path_head(hidden, self._truth_before(blocks, labelled).to(hidden)[:, None], rows)[:, 0]
+        best = logits.topk(min(self.model.config.path_candidates, logits.shape[-1]), dim=-1)
+        scores = torch.zeros_like(best.values)
+        if parts is not None:
+            rows = parts.rows(best.indices).to(hidden.dtype)
+            scores = parts.path_head(hidden, self._truth_before(blocks, labelled).to(hidden)[:, None], rows)[:, 0]
+        if of_text is not None:
+            scores = scores + of_text(slice(None), best.indices)
         places = best.indices.gather(1, (best.values + scores).argmax(-1, keepdim=True))[:, 0]
         return logits.scatter_add(1, best.indices, scores), places
 
     def _truth_before(self, blocks: Blocks, labelled: Tensor) -> Tensor:
         """(M, ...): the path head's vectors of the true tokens before the labelled slots; none is a block's first."""
         return self._before(true_tokens(blocks).roll(1, -1)[labelled])
+
+    def _of_text(self, blocks: Blocks, labelled: Tensor) -> Callable[[slice, Tensor], Tensor] | None:
+        """What gives, of some of the M labelled slots, the scores (m, C) of candidates at places (m, C) by the text.
+
+        The text is that before the block's anchor, which included; as when drafts are made.
+        """
+        weight, texts = self.model.config.path_text_weight, blocks.texts
+        if weight is None or texts is None:
+            return None
+        row, block, _ = labelled.nonzero(as_tuple=True)
+        ends, before = blocks.anchors[row, block], true_tokens(blocks).roll(1, -1)[labelled]
+        ids = getattr(self.model, "draft_token_ids", None)
+        known = torch.arange(1, texts.shape[1], device=texts.device)
+
+        def scores(some: slice, places: Tensor) -> Tensor:
+            tokens = places if ids is None else ids.to(places.device)[places]
+            of_rows = texts[row[some]]
+            pairs = torch.stack([of_rows[:, :-1], of_rows[:, 1:]])
+            pairs = pairs.masked_fill(known > ends[some, None], followers.NOTHING)  # (2, m, T - 1)
+            return weight * followers.shares(pairs, before[some, None, None], tokens[:, None])[:, 0, 0]
+
+        return scores
 
     def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
         """The loss (), which slots are right (B, N, γ), and the draft's probability of the label (B, N, γ)."""
@@ -241,7 +268,8 @@ class Trainee(nn.Module):
         if self._path_parts is None:
             return slot_losses(hidden, wanted, self._head, self._chunk)
         before = self._truth_before(blocks, labelled).to(hidden.device, hidden.dtype)
-        given, right = path_losses(hidden.detach(), before, wanted.tokens, self._path_parts, self._chunk)
+        of_text = self._of_text(blocks, labelled)
+        given, right = path_losses(hidden.detach(), before, wanted.tokens, self._path_parts, self._chunk, of_text)
         if self._path_head_alone:
             return given, given.detach(), right
         losses, _, _ = slot_losses(hidden, wanted, self._head, self._chunk)

@@ -1,5 +1,6 @@
 """The drafters' loss: cross-entropy of every masked slot, weighted by how much acceptance depends on it."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,7 +102,12 @@ def _losses_of_chunk(
 
 
 def path_losses(
-    hidden: Tensor, previous: Tensor, labels: Tensor, parts: "PathParts", chunk: int
+    hidden: Tensor,
+    previous: Tensor,
+    labels: Tensor,
+    parts: "PathParts",
+    chunk: int,
+    of_text: Callable[[slice, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss (M,) of each of M slots, given the token before it, and whether the likeliest token is then right (M,).
 
@@ -110,15 +116,20 @@ def path_losses(
 
     Args:
         hidden: (M, H); previous: (M, H), embeddings of the true tokens before; labels: (M,), as `Labels.tokens`.
+        of_text: what the text adds to the scores (m, C) of candidates (m, C) of some of the slots.
     """
     losses, right = [], []
-    for slots, before, label in zip(hidden.split(chunk), previous.split(chunk), labels.split(chunk)):
+    for start, slots, before, label in zip(
+        itertools.count(0, chunk), hidden.split(chunk), previous.split(chunk), labels.split(chunk)
+    ):
         with torch.no_grad():
             logits = parts.head(slots).float()
             best = logits.topk(min(parts.candidates, logits.shape[-1]), dim=-1)
             others = paths.rest(best.values, logits.logsumexp(-1))  # (m,)
         rows = parts.rows(best.indices)
         scores = parts.path_head(slots, before[:, None], rows.to(slots.dtype))  # (m, 1, C)
+        if of_text is not None:
+            scores = scores + of_text(slice(start, start + len(slots)), best.indices)[:, None]
         log_probs = paths.conditional(best.values, scores, others)[:, 0]
         here = best.indices == label[:, None]
         missed = others - torch.logaddexp((best.values + scores[:, 0]).logsumexp(-1), others)

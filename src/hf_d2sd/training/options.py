@@ -54,6 +54,10 @@ class TrainOptions:
     path_rank: int | None = field(
         default=None, metadata={"help": "a path head of this rank is learned with the drafter; default: none"}
     )
+    path_text_weight: float | None = field(
+        default=4.0,
+        metadata={"help": "of what followed a token earlier in the text, for a new path head"},
+    )
     path_dropout: float = field(default=0.4, metadata={"help": "of the path head, in training"})
     train: str = field(
         default="drafter",

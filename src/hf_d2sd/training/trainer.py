@@ -248,6 +248,7 @@ def _new_model(
         layer_types=["sliding_attention"] * options.num_layers if options.sliding_window else None,
         draft_vocab_size=options.draft_vocab_size,
         mask_token_id=_mask_token_id(options, tokenizer, first),
+        path_text_weight=None if options.path_rank is None else options.path_text_weight,
     )
     config = drafter_config(target, tokenizer, rows, **changes)
     set_attention(config, options.attention)
@@ -294,6 +295,7 @@ def _loaded_model(options: TrainOptions, role: str, target, tokenizer, rows: lis
     if options.path_rank is not None and model.path_head is None:
         torch.manual_seed(options.seed)
         config.path_rank, config.path_width = options.path_rank, 2 * options.path_rank
+        config.path_text_weight = options.path_text_weight
         model.path_head = D2SDPathHead(config)
         model.path_head.reset()
     return model
