@@ -30,7 +30,7 @@ from hf_d2sd.kernels import KERNELS
 from hf_d2sd.modeling import CACHE_NAME
 
 SAMPLED = dict(do_sample=True, top_k=9, temperature=1.3, top_p=0.95, min_p=0.01)
-HEADS = dict(path_rank=4, path_candidates=5)
+HEADS = dict(path_rank=4, path_candidates=5, path_text_weight=4.0)
 
 
 @pytest.fixture

@@ -91,7 +91,6 @@ def test_what_a_draft_says_of_paths_is_its_heads_scores_and_the_texts(headed, ke
     model = with_head() if headed else tiny_drafter(5, path_candidates=5)
     drafter, states = drafter_at_work(model), []
     texts = [[3, 9, 3, 9, 5], [8, 2, 6, 6, 8, 1, 6]]
-    texts += []
     drafter.followers, model.config.path_text_weight = Followers(texts, CPU), 2.5
     read = Drafter._read
     monkeypatch.setattr(
@@ -165,21 +164,16 @@ def test_recorded_cycles_draft_what_others_do(pair, most, monkeypatch):
     assert cycles[0] == cycles[1] == cycles[2]
 
 
-def test_a_text_that_repeats_itself_is_drafted_better(monkeypatch):
-    """By drafters that know nothing: of 30 tokens in turns, each follows the one before it."""
-    target, drafters = tiny_target(), [tiny_drafter(5, seed=seed, path_candidates=30) for seed in (0, 1)]
-    for drafter in drafters:
-        torch.nn.init.zeros_(drafter.norm.weight)  # all tokens are as likely
-    cycle = torch.randperm(target.config.vocab_size)[:5]
-    text = cycle.repeat(8)
-    drafter = Drafter(drafters[0], target)
-    step_states = tuple(torch.randn(1, 3, 32) for _ in range(5))
-    del step_states
-    drafter.followers = Followers([text.tolist()], CPU)
-    drafters[0].config.path_text_weight = 6.0
-    monkeypatch.setattr(Drafter, "_forward", lambda self, slots, place: (torch.zeros(1, 5, 32), torch.float32))
+def test_what_the_text_repeats_is_drafted_where_all_else_is_equal():
+    model = tiny_drafter(5, path_candidates=30)
+    model.config.path_text_weight = 6.0
+    cycle = torch.tensor([7, 3, 22, 11, 0])
+    drafter = Drafter(model, tiny_target())
+    drafter.followers = Followers([cycle.repeat(8).tolist()], CPU)
+    blocks = torch.full((1, 1, 5), model.config.mask_token_id)
+    blocks[..., 0] = cycle[-1]
     with torch.no_grad():
-        draft = drafter.draft(text[-1:], 5)
+        draft = drafter._read(torch.zeros(1, 5, 32), torch.float32, blocks, 1)  # all tokens are as likely
     assert draft.best[0, 0].tolist() == cycle[:4].tolist()
     assert (draft.confidence > 0.5).all()
 
@@ -233,7 +227,6 @@ def test_the_heads_loss_and_guesses_are_those_of_the_sum():
         _, _, said = trainee(blocks)
     labels = blocks.labels[labelled]
     probabilities, named = logits.softmax(-1), (best == labels[:, None]).any(1)
-    expected = torch.where(
-        named, probabilities.gather(1, labels[:, None])[:, 0], 1 - probabilities.gather(1, best).sum(1)
-    )
+    others = 1 - probabilities.gather(1, best).sum(1)
+    expected = torch.where(named, probabilities.gather(1, labels[:, None])[:, 0], others)
     torch.testing.assert_close(said[labelled], expected, rtol=1e-3, atol=1e-5)

@@ -80,7 +80,7 @@ class StopAt(StoppingCriteria):
 @functools.cache
 def pair(blocks, dtypes, pruned, heads) -> D2SDAssistant:
     changes = dict(draft_vocab_size=9) if pruned else {}
-    changes |= dict(path_rank=4, path_candidates=5) if heads else {}
+    changes |= dict(path_rank=4, path_candidates=5, path_text_weight=4.0) if heads else {}
     sliding = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=6)
     first, second = (
         tiny_drafter(block_size, seed, **changes, **(sliding if seed else {})).to(getattr(torch, dtype))
