@@ -23,7 +23,9 @@ CHANGES = {
     "yarn": dict(
         rope_parameters=dict(rope_type="yarn", rope_theta=7e3, factor=4.0, original_max_position_embeddings=1024)
     ),
-    "calibrated": dict(confidence_temperatures=[1.1, 1.2, 1.3], tokenizer_fingerprint="0123456789abcdef"),
+    "calibrated": dict(
+        confidence_temperatures=[1.1, 1.2, 1.3], path_text_weight=4.0, tokenizer_fingerprint="0123456789abcdef"
+    ),
 }
 VOLATILE = ("architectures", "auto_map", "transformers_version", "_name_or_path")
 

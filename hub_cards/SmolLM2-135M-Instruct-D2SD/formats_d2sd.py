@@ -35,7 +35,7 @@ _KEYS = (  # keys that mean the same in Qwen3's configuration and in ours
     "pad_token_id",
 )
 # What other layouts have no key for; it is written under "d2sd", which other readers pass over.
-_EXTRAS = ("confidence_temperatures", "num_target_layers", "tokenizer_fingerprint")
+_EXTRAS = ("confidence_temperatures", "num_target_layers", "path_text_weight", "tokenizer_fingerprint")
 # What marks the drafters that need a network or a decoding of their own: key, values that do no harm, name.
 _FOREIGN = (
     ("projector_type", ("dflash",), "Domino or another projector"),

@@ -66,11 +66,8 @@ def assisted_decode(
         _check_recurrent(options.compile, choosers, returns_cache)
     chunk_size = generation_config.prefill_chunk_size
     passes = worker.prefill(prompt.input_ids, prompt.width, chunk_size, prompt.counts, **prompt.model_kwargs)
-    texts = texts_of(input_ids, prompt.mask)
-    context = ContextSource(texts) if options.context_nodes else None
-    followers = Followers(texts, worker.device) if any(drafter.reads_text for drafter in drafters) else None
-    manner = manner_of(generation_config.do_sample, generation_config.temperature)
-    batch = Batch(worker, drafters, choosers, options, context=context, followers=followers, manner=manner)
+    batch = _open_batch(worker, drafters, choosers, options, texts_of(input_ids, prompt.mask))
+    batch.manner = manner_of(generation_config.do_sample, generation_config.temperature)
     with _deciding(assistant, batch, stats):
         decode(batch, passes, observer, cycles_of(assistant, batch))
     observer.end()
@@ -108,6 +105,15 @@ def _open_drafters(
     contexts = _resume_contexts(assistant, user_cache, worker.positions)
     backend = options.attention_backend
     return [Drafter(model, worker.model, context, backend) for model, context in zip(models, contexts)]
+
+
+def _open_batch(
+    worker: Target, drafters: list[Drafter], choosers: Choosers, options: DecodingOptions, texts: list[list[int]]
+) -> Batch:
+    """The rows of a call, with what reads their texts so far."""
+    context = ContextSource(texts) if options.context_nodes else None
+    followers = Followers(texts, worker.device) if any(drafter.reads_text for drafter in drafters) else None
+    return Batch(worker, drafters, choosers, options, context=context, followers=followers)
 
 
 @contextmanager
