@@ -20,7 +20,7 @@ from equality import PAIR
 from smollm2 import load_smollm2
 
 from hf_d2sd import D2SDAssistant, records
-from hf_d2sd.paths import conditional, rest
+from hf_d2sd.paths import OfText, conditional, rest
 from hf_d2sd.training.blocks import NO_LABEL, cut_blocks, draw_anchors, draw_prefix_lengths, true_tokens
 from hf_d2sd.training.drafters import Trainee
 from hf_d2sd.training.features import compute_features
@@ -91,8 +91,9 @@ def guesses(trainee: Trainee, blocks, candidates: int) -> tuple[torch.Tensor, di
         drafts["with head"] = tokens.gather(-1, chosen[..., None])[..., 0]
         of_text = trainee._of_text(blocks, labelled)
         if of_text is not None:
-            scores = scores + of_text(slice(None), best.indices.flatten(0, 2)).view(*best.indices.shape)[..., None, :]
-            chosen = conditional(best.values, scores, others)[..., 0, :].argmax(-1)
+            said = of_text(slice(None), best.indices.flatten(0, 2))
+            said = OfText(said.scores.view(scores.shape), said.left.view(scores.shape[:-1]))
+            chosen = conditional(best.values, scores, others, said)[..., 0, :].argmax(-1)
             drafts["with head and text"] = tokens.gather(-1, chosen[..., None])[..., 0]
     return tokens, drafts
 

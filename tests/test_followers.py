@@ -13,8 +13,8 @@ from tiny import prompt, tiny_drafter, tiny_target
 from hf_d2sd import D2SDAssistant, D2SDDrafterConfig, followers
 from hf_d2sd.candidates import Draft
 from hf_d2sd.drafting import Drafter
-from hf_d2sd.followers import DOUBT, CycleFollowers, Followers
-from hf_d2sd.paths import conditional, rest
+from hf_d2sd.followers import AGREED, DOUBT, CycleFollowers, Followers
+from hf_d2sd.paths import OfText, conditional, rest
 from hf_d2sd.training.blocks import NO_LABEL, true_tokens
 from hf_d2sd.training.drafters import Trainee
 
@@ -24,14 +24,25 @@ CPU = torch.device("cpu")
 def counted(text: list[int], before: int, after: int, most: int = 10**9) -> float:
     """The share, pair by pair."""
     pairs = list(zip(text, text[1:]))[-most:]
-    return Counter(pairs)[before, after] / (sum(first == before for first, _ in pairs) + DOUBT)
+    return Counter(pairs)[before, after] / (stood(text, before, most) + DOUBT)
 
 
-def same_shares(got, texts: list[list[int]], most: int = 10**9, words: int = 5) -> None:
+def stood(text: list[int], token: int, most: int = 10**9) -> int:
+    return sum(one == token for one in text[:-1][-most:])
+
+
+def left(text: list[int], before: int, most: int = 10**9) -> float:
+    return 1 - AGREED * stood(text, before, most) / (stood(text, before, most) + DOUBT)
+
+
+def says_the_same(got, texts: list[list[int]], most: int = 10**9, words: int = 5) -> None:
     every = torch.arange(words).expand(len(texts), 1, words)
-    shares = got.shares(every, every)[:, 0]
-    expected = [[[counted(text, a, b, most) for b in range(words)] for a in range(words)] for text in texts]
-    torch.testing.assert_close(shares, torch.tensor(expected))
+    said = got.of_text(every, every, 2.0)
+    expected = [[[2 * counted(text, a, b, most) for b in range(words)] for a in range(words)] for text in texts]
+    torch.testing.assert_close(said.scores[:, 0], torch.tensor(expected))
+    torch.testing.assert_close(
+        said.left[:, 0], torch.tensor([[left(text, a, most) for a in range(5)] for text in texts])
+    )
 
 
 @pytest.mark.parametrize("most", [4, 7, 2048])
@@ -51,7 +62,7 @@ def test_shares_are_those_of_the_latest_pairs_however_the_text_came(monkeypatch,
         known.extend(more)
         texts = [text + new for text, new in zip(texts, more)]
         if step % 3 == 2:
-            same_shares(known, texts, most)
+            says_the_same(known, texts, most)
         if step == 7:
             known.select([3, 1])
             texts = [texts[3], texts[1]]
@@ -59,7 +70,7 @@ def test_shares_are_those_of_the_latest_pairs_however_the_text_came(monkeypatch,
 
 def test_a_text_that_is_longer_than_what_is_kept_counts_its_end():
     text = [random.Random(0).randrange(5) for _ in range(5000)]
-    same_shares(Followers([text], CPU), [text], followers.MOST)
+    says_the_same(Followers([text], CPU), [text], followers.MOST)
 
 
 @pytest.mark.parametrize("most", [6, 2048])
@@ -77,8 +88,8 @@ def test_a_ring_that_grows_on_the_device_holds_the_same(monkeypatch, most):
         here.extend(new)
         texts = [text + more for text, more in zip(texts, new)]
         gained, anchors = gained + counts, torch.tensor([text[-1] for text in texts])
-        same_shares(there, texts, most)
-        same_shares(here, texts, most)
+        says_the_same(there, texts, most)
+        says_the_same(here, texts, most)
 
 
 # Drafts --------------------------------------------------------------------------------------------------------------
@@ -113,13 +124,13 @@ def test_what_a_draft_says_of_paths_is_its_heads_scores_and_the_texts(headed, ke
                     before = [int(given[row, 0, slot - 1])]  # the only one that can be
                 else:
                     before = draft.tokens[row, 0, slot - 1].tolist()
-                scores = torch.tensor([[2.5 * counted(texts[row], a, int(b)) for b in best.indices] for a in before])
+                said = torch.tensor([[2.5 * counted(texts[row], a, int(b)) for b in best.indices] for a in before])
+                said = OfText(said, torch.tensor([left(texts[row], a) for a in before]))
+                scores = torch.zeros(())
                 if headed:
                     embeds = target.get_input_embeddings()(torch.tensor(before))
-                    scores = scores + model.path_head(
-                        hidden[row, slot + 1], embeds, target.lm_head.weight[best.indices]
-                    )
-                expected = conditional(best.values, scores, rest(best.values, logits.logsumexp(-1)))
+                    scores = model.path_head(hidden[row, slot + 1], embeds, target.lm_head.weight[best.indices])
+                expected = conditional(best.values, scores, rest(best.values, logits.logsumexp(-1)), said)
                 got = draft.transitions[row, 0, slot][: len(before)]
                 torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
 
@@ -199,15 +210,17 @@ def test_training_reads_the_text_before_the_anchor_alone(headed):
     labelled = blocks.labels != NO_LABEL
     of_text = Trainee(model, target)._of_text(blocks, labelled)
     every = torch.arange(7).expand(int(labelled.sum()), 7)
-    scores, before = of_text(slice(None), every), true_tokens(blocks)
+    said, before = of_text(slice(None), every), true_tokens(blocks)
     seen = 0
-    for (row, block, slot), got in zip(labelled.nonzero().tolist(), scores):
+    for (row, block, slot), scores, keeps in zip(labelled.nonzero().tolist(), said.scores[:, 0], said.left[:, 0]):
         text = rows[row].tokens[: int(blocks.anchors[row, block]) + 1].tolist()
-        expected = [3.0 * counted(text, int(before[row, block, slot - 1]), b) for b in range(7)]
-        assert got.tolist() == pytest.approx(expected)
+        one = int(before[row, block, slot - 1])
+        expected = [3.0 * counted(text, one, b) for b in range(7)]
+        assert scores.tolist() == pytest.approx(expected) and keeps == pytest.approx(left(text, one))
         seen += sum(map(bool, expected))
     assert seen > 20
-    assert torch.equal(of_text(slice(3, 8), every[3:8]), scores[3:8])
+    some = of_text(slice(3, 8), every[3:8])
+    assert torch.equal(some.scores, said.scores[3:8]) and torch.equal(some.left, said.left[3:8])
 
 
 def test_the_heads_loss_and_guesses_are_those_of_the_sum():
@@ -217,13 +230,16 @@ def test_the_heads_loss_and_guesses_are_those_of_the_sum():
     trainee = Trainee(model, target, path_head_alone=True, chunk=7).eval()
     with torch.no_grad():
         logits, places = trainee.guesses(blocks)
-        of_text = trainee._of_text(blocks, labelled)
+        plain, of_text = trainee.logits(blocks), trainee._of_text(blocks, labelled)
+        best = plain.topk(5)
         model.config.path_text_weight = None
-        alone, _ = trainee.guesses(blocks)
-        best = trainee.logits(blocks).topk(5).indices
-        torch.testing.assert_close(logits, alone.scatter_add(1, best, of_text(slice(None), best)))
-        assert torch.equal(places, best.gather(1, logits.gather(1, best).argmax(1, keepdim=True))[:, 0])
+        scores = trainee.guesses(blocks)[0].gather(1, best.indices) - best.values
         model.config.path_text_weight = 3.0
+        others = rest(best.values, plain.logsumexp(-1))
+        given = conditional(best.values, scores[:, None], others, of_text(slice(None), best.indices))[:, 0]
+        best = best.indices
+        torch.testing.assert_close(logits.log_softmax(-1).gather(1, best), given, rtol=1e-3, atol=1e-4)
+        assert torch.equal(places, best.gather(1, given.argmax(1, keepdim=True))[:, 0])
         _, _, said = trainee(blocks)
     labels = blocks.labels[labelled]
     probabilities, named = logits.softmax(-1), (best == labels[:, None]).any(1)

@@ -161,9 +161,11 @@ class Drafter:
         if linked:
             given = blocks[..., 1:, None] != self.model.config.mask_token_id  # (B, K, γ-1, 1), a kept prefix
             tokens, values, total = _with_given(given, blocks[..., 1:, None], tokens, values, total)
-            scores = self._scores(hidden.view(rows, count, block_size - 1, -1), indices, tokens, blocks[..., :1, None])
-            scores = scores if temperatures is None else scores / temperatures[..., None]
-            transitions = paths.conditional(values, scores, paths.rest(values, total[..., 0])).to(blocks.device)
+            anchor, by = blocks[..., :1, None], 1.0 if temperatures is None else temperatures[..., None]
+            before = torch.cat([anchor.expand(*tokens.shape[:2], 1, tokens.shape[-1]), tokens[:, :, :-1]], dim=2)
+            scores = self._scores(hidden.view(rows, count, block_size - 1, -1), indices, before) / by
+            of_text, others = self._of_text(before, tokens, by, logits.device), paths.rest(values, total[..., 0])
+            transitions = paths.conditional(values, scores, others, of_text).to(blocks.device)
         confidence, log_probs = (x.to(blocks.device) for x in (log_probs.exp(), log_probs))
         draft = Draft(tokens, confidence, log_probs, blocks.new_zeros(rows, count), logits, transitions)
         if width > 1:
@@ -192,25 +194,27 @@ class Drafter:
             self._by_slot = logits.new_tensor(self.model.config.confidence_temperatures)[:, None]
         return None if self._by_slot is None else self._by_slot[: logits.shape[2]]
 
-    def _scores(self, hidden: Tensor, indices: Tensor, tokens: Tensor, anchor: Tensor) -> Tensor:
-        """(B, K, γ-1, W, W): of each candidate after each one of the slot before; the path head's, and the text's own.
+    def _scores(self, hidden: Tensor, indices: Tensor, before: Tensor) -> Tensor:
+        """(B, K, γ-1, W, W): the path head's, of each candidate after each one of the slot before; 0 without one.
 
         Args:
             hidden: (B, K, γ-1, H).
-            indices, tokens: (B, K, γ-1, W), places in the draft vocabulary, and the target's tokens.
-            anchor: (B, K, 1, 1), what stands before the first slot.
+            indices: (B, K, γ-1, W), places in the draft vocabulary; before: (B, K, γ-1, W), the target's tokens.
         """
-        width = tokens.shape[-1]
-        before = torch.cat([anchor.expand(*anchor.shape[:3], width), tokens[:, :, :-1]], dim=2)
-        scores = hidden.new_zeros(1)
-        if self.model.path_head is not None:
-            previous = self._before(before.flatten(1)).view(*before.shape, -1)
-            parts = (x.to(self.device, self.dtype) for x in (hidden, previous, self._at(indices)))
-            scores = self.model.path_head(*parts).to(hidden.device)
+        if self.model.path_head is None:
+            return torch.zeros((), device=hidden.device)
+        previous = self._before(before.flatten(1)).view(*before.shape, -1)
+        parts = (x.to(self.device, self.dtype) for x in (hidden, previous, self._at(indices)))
+        return self.model.path_head(*parts).to(hidden.device)
+
+    def _of_text(self, before: Tensor, tokens: Tensor, by: Tensor | float, device) -> paths.OfText | None:
+        """What the text so far says of candidates (B, K, γ-1, W) after those before; its scores divided by `by`."""
         if self.followers is None:
-            return scores
-        shares = self.followers.shares(before.flatten(1, 2), tokens.flatten(1, 2)).view(*before.shape, width)
-        return scores + self.model.config.path_text_weight * shares.to(hidden.device)
+            return None
+        weight = self.model.config.path_text_weight
+        said = self.followers.of_text(before.flatten(1, 2), tokens.flatten(1, 2), weight)
+        scores = said.scores.view(*before.shape, -1).to(device) / by
+        return paths.OfText(scores, said.left.view(before.shape).to(device))
 
     def _target_tokens(self, indices: Tensor, device: torch.device) -> Tensor:
         """From places in the draft vocabulary to the target's tokens."""

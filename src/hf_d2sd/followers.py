@@ -1,8 +1,7 @@
 """Which tokens followed which in the text so far: what it says of pairs of tokens, with nothing learned.
 
 A text says again what it has said: after a name's first part comes its second, after a loop's keyword its variable. A
-path head learned what goes together in any text; this is what goes together in this one. Both are scores of a token
-after another, and are added.
+path head learned what goes together in any text; this is what goes together in this one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,23 +9,30 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .paths import OfText
+
 MOST = 2048  # pairs of a row that are kept: the latest
-DOUBT = 0.5  # places more at which a token is thought to have stood: what stood once says less than what did often
+DOUBT = 1.0  # places more at which a token is thought to have stood: what stood once says less than what did often
+AGREED = 0.3  # so much of what else is known of its followers a text says again that speaks of a token at length
 NOTHING = -1  # in the place of a token where there is no pair
 
 
-def shares(pairs: Tensor, before: Tensor, after: Tensor) -> Tensor:
-    """(B, M, A, C): at what share of the places where each of A tokens stood, each of C tokens came next.
+def of_text(pairs: Tensor, before: Tensor, after: Tensor, weight: float) -> OfText:
+    """What texts say of each of C tokens after each of A: scores (B, M, A, C), and what is left of all else (B, M, A).
 
-    n(a, b) / (n(a) + `DOUBT`), where n counts the places of a row's text.
+    Where a stood n(a) times, and b came next n(a, b) times, the score is w · n(a, b) / (n(a) + `DOUBT`), and what is
+    left 1 - `AGREED` · n(a) / (n(a) + `DOUBT`): a drafter has read the text as well.
 
     Args:
         pairs: (2, B, T), tokens and those that followed them, `NOTHING` where there are fewer than T.
         before: (B, M, A); after: (B, M, C).
+        weight: w.
     """
     stood = (before[..., None] == pairs[0][:, None, None]).float()  # (B, M, A, T)
     came = (after[..., None] == pairs[1][:, None, None]).float()  # (B, M, C, T)
-    return stood @ came.transpose(-1, -2) / (stood.sum(-1, keepdim=True) + DOUBT)
+    count = stood.sum(-1)
+    scores = weight / (count + DOUBT)[..., None] * (stood @ came.transpose(-1, -2))
+    return OfText(scores, 1 - AGREED * count / (count + DOUBT))
 
 
 class Followers:
@@ -66,7 +72,7 @@ class Followers:
 
     @property
     def pairs(self) -> Tensor:
-        """(2, B, T), see `shares`; in a ring of `MOST`, in which the pair after n others stands at n mod `MOST`."""
+        """(2, B, T), see `of_text`; in a ring of `MOST`, in which the pair after n others stands at n mod `MOST`."""
         if self._new:
             width = min(max(self.counts), MOST)
             if width > self._pairs.shape[2]:
@@ -77,9 +83,9 @@ class Followers:
             self._new = []
         return self._pairs
 
-    def shares(self, before: Tensor, after: Tensor) -> Tensor:
-        """(B, M, A, C), see the function."""
-        return shares(self.pairs, before, after)
+    def of_text(self, before: Tensor, after: Tensor, weight: float) -> OfText:
+        """What the texts say, see the function."""
+        return of_text(self.pairs, before, after, weight)
 
 
 class CycleFollowers:
@@ -105,6 +111,6 @@ class CycleFollowers:
         for ring, tokens in zip(self._pairs, (before, emitted)):
             ring.scatter_(1, places, tokens)
 
-    def shares(self, before: Tensor, after: Tensor) -> Tensor:
-        """(B, M, A, C), see the function."""
-        return shares(self._pairs[..., :MOST], before, after)
+    def of_text(self, before: Tensor, after: Tensor, weight: float) -> OfText:
+        """What the texts say, see the function."""
+        return of_text(self._pairs[..., :MOST], before, after, weight)

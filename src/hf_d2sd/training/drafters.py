@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .. import followers
+from .. import followers, paths
 from ..binding import tokenizer_fingerprint
 from ..compat import head_sizes
 from ..drafting import draft_embedding, draft_head, head_rows
@@ -197,7 +197,8 @@ class Trainee(nn.Module):
     def guesses(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
         """Of the M slots that have labels the logits (M, V'), and each one's draft, a place among them (M,).
 
-        By a path head, and where the text so far is read, both are given the true token before.
+        By a path head, and where the text so far is read, both are given the true token before. At temperatures other
+        than 1 what the text leaves of other tokens is then about what drafts have.
         """
         labelled = blocks.labels != NO_LABEL
         hidden = self.hidden(blocks)[labelled]
@@ -206,20 +207,22 @@ class Trainee(nn.Module):
             return logits, logits.argmax(-1)
         best = logits.topk(min(self.model.config.path_candidates, logits.shape[-1]), dim=-1)
         scores = torch.zeros_like(best.values)
+        said = None if of_text is None else of_text(slice(None), best.indices)
         if parts is not None:
             rows = parts.rows(best.indices).to(hidden.dtype)
             scores = parts.path_head(hidden, self._truth_before(blocks, labelled).to(hidden)[:, None], rows)[:, 0]
-        if of_text is not None:
-            scores = scores + of_text(slice(None), best.indices)
-        places = best.indices.gather(1, (best.values + scores).argmax(-1, keepdim=True))[:, 0]
-        return logits.scatter_add(1, best.indices, scores), places
+        others = paths.rest(best.values, logits.logsumexp(-1))
+        given, left = (x[:, 0] for x in paths.corrected(best.values, scores[:, None], others, said))
+        places = best.indices.gather(1, given.argmax(-1, keepdim=True))[:, 0]
+        shift = torch.where(others.isfinite(), others - left, 0.0)  # others' logits stay as they are
+        return logits.scatter(1, best.indices, given + shift[:, None]), places
 
     def _truth_before(self, blocks: Blocks, labelled: Tensor) -> Tensor:
         """(M, ...): the path head's vectors of the true tokens before the labelled slots; none is a block's first."""
         return self._before(true_tokens(blocks).roll(1, -1)[labelled])
 
-    def _of_text(self, blocks: Blocks, labelled: Tensor) -> Callable[[slice, Tensor], Tensor] | None:
-        """What gives, of some of the M labelled slots, the scores (m, C) of candidates at places (m, C) by the text.
+    def _of_text(self, blocks: Blocks, labelled: Tensor) -> Callable[[slice, Tensor], paths.OfText] | None:
+        """What gives, of some of the M labelled slots, what the text says of candidates at places (m, C), A being 1.
 
         The text is that before the block's anchor, which included; as when drafts are made.
         """
@@ -231,14 +234,15 @@ class Trainee(nn.Module):
         ids = getattr(self.model, "draft_token_ids", None)
         known = torch.arange(1, texts.shape[1], device=texts.device)
 
-        def scores(some: slice, places: Tensor) -> Tensor:
+        def said(some: slice, places: Tensor) -> paths.OfText:
             tokens = places if ids is None else ids.to(places.device)[places]
             of_rows = texts[row[some]]
             pairs = torch.stack([of_rows[:, :-1], of_rows[:, 1:]])
             pairs = pairs.masked_fill(known > ends[some, None], followers.NOTHING)  # (2, m, T - 1)
-            return weight * followers.shares(pairs, before[some, None, None], tokens[:, None])[:, 0, 0]
+            found = followers.of_text(pairs, before[some, None, None], tokens[:, None], weight)
+            return paths.OfText(found.scores[:, 0], found.left[:, 0])
 
-        return scores
+        return said
 
     def forward(self, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
         """The loss (), which slots are right (B, N, γ), and the draft's probability of the label (B, N, γ)."""

@@ -107,7 +107,7 @@ def path_losses(
     labels: Tensor,
     parts: "PathParts",
     chunk: int,
-    of_text: Callable[[slice, Tensor], Tensor] | None = None,
+    of_text: Callable[[slice, Tensor], paths.OfText] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss (M,) of each of M slots, given the token before it, and whether the likeliest token is then right (M,).
 
@@ -116,7 +116,7 @@ def path_losses(
 
     Args:
         hidden: (M, H); previous: (M, H), embeddings of the true tokens before; labels: (M,), as `Labels.tokens`.
-        of_text: what the text adds to the scores (m, C) of candidates (m, C) of some of the slots.
+        of_text: what the text says of candidates (m, C) of some of the slots, A being 1.
     """
     losses, right = [], []
     for start, slots, before, label in zip(
@@ -128,14 +128,13 @@ def path_losses(
             others = paths.rest(best.values, logits.logsumexp(-1))  # (m,)
         rows = parts.rows(best.indices)
         scores = parts.path_head(slots, before[:, None], rows.to(slots.dtype))  # (m, 1, C)
-        if of_text is not None:
-            scores = scores + of_text(slice(start, start + len(slots)), best.indices)[:, None]
-        log_probs = paths.conditional(best.values, scores, others)[:, 0]
+        said = None if of_text is None else of_text(slice(start, start + len(slots)), best.indices)
+        given, left = (x[:, 0] for x in paths.corrected(best.values, scores, others, said))  # (m, C), (m,)
+        total = torch.logaddexp(given.logsumexp(-1), left)
+        log_probs, missed = given - total[:, None], (left - total).clamp(min=-_WORST)
         here = best.indices == label[:, None]
-        missed = others - torch.logaddexp((best.values + scores[:, 0]).logsumexp(-1), others)
-        missed = missed.clamp(min=-_WORST)
-        said = torch.where(here.any(-1), torch.where(here, log_probs, 0.0).sum(-1), missed)
-        losses.append(torch.where(label != NO_LABEL, -said, 0.0))
+        log_prob = torch.where(here.any(-1), torch.where(here, log_probs, 0.0).sum(-1), missed)
+        losses.append(torch.where(label != NO_LABEL, -log_prob, 0.0))
         right.append((best.indices.gather(1, log_probs.argmax(-1, keepdim=True)) == label[:, None])[:, 0])
     return torch.cat(losses), torch.cat(right)
 
