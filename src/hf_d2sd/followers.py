@@ -15,6 +15,7 @@ MOST = 2048  # pairs of a row that are kept: the latest
 DOUBT = 1.0  # places more at which a token is thought to have stood: what stood once says less than what did often
 AGREED = 0.3  # so much of what else is known of its followers a text says again that speaks of a token at length
 NOTHING = -1  # in the place of a token where there is no pair
+_CACHED = 2**18  # numbers at a time that stay in a processor's cache
 
 
 def of_text(pairs: Tensor, before: Tensor, after: Tensor, weight: float) -> OfText:
@@ -28,11 +29,17 @@ def of_text(pairs: Tensor, before: Tensor, after: Tensor, weight: float) -> OfTe
         before: (B, M, A); after: (B, M, C).
         weight: w.
     """
-    stood = (before[..., None] == pairs[0][:, None, None]).float()  # (B, M, A, T)
-    came = (after[..., None] == pairs[1][:, None, None]).float()  # (B, M, C, T)
-    count = stood.sum(-1)
-    scores = weight / (count + DOUBT)[..., None] * (stood @ came.transpose(-1, -2))
-    return OfText(scores, 1 - AGREED * count / (count + DOUBT))
+    places = before.shape[1]
+    if pairs.is_cpu:
+        places = max(_CACHED // max(len(before) * before.shape[2] * pairs.shape[2], 1), 1)
+    counts, both = [], []
+    for some, behind in zip(before.split(places, dim=1), after.split(places, dim=1)):
+        stood = (some[..., None] == pairs[0][:, None, None]).float()  # (B, m, A, T)
+        came = (behind[..., None] == pairs[1][:, None, None]).float()  # (B, m, C, T)
+        counts.append(stood.sum(-1))
+        both.append(stood @ came.transpose(-1, -2))
+    count, pair = torch.cat(counts, dim=1), torch.cat(both, dim=1)
+    return OfText(weight / (count + DOUBT)[..., None] * pair, 1 - AGREED * count / (count + DOUBT))
 
 
 class Followers:
