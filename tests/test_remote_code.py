@@ -65,12 +65,12 @@ INSPECT = """
     report["same_again"] = all(torch.equal(state[name], value) for name, value in other.state_dict().items())
 """
 GENERATE = """
-    report["sequence"] = target.generate(prompt, assistant_model=assistant, **options)[0].tolist()
+    report["sequence"] = target.generate(prompt, assistant_model=assistant, d2sd_auto=False, **options)[0].tolist()
     report["committed"] = assistant.last_stats.committed_per_cycle
 """
 CUSTOM = """
     options["trust_remote_code"] = True
-    report["sequence"] = target.generate(prompt, custom_generate="pair", **options)[0].tolist()
+    report["sequence"] = target.generate(prompt, custom_generate="pair", d2sd_auto=False, **options)[0].tolist()
     report["committed"] = sys.modules["hf_d2sd.hub.generate"]._load("pair", ()).last_stats.committed_per_cycle
     sampled = dict(options, do_sample=True, return_dict_in_generate=True)
     torch.manual_seed(0)
@@ -177,7 +177,8 @@ class TestWithThePackage:
         assert with_package["sequence"] == greedy()
 
     def test_remote_and_installed_classes_draft_alike(self, with_package):
-        tiny_target().generate(prompt(), do_sample=False, max_new_tokens=16, assistant_model=tiny_assistant(4, 6))
+        options = dict(do_sample=False, max_new_tokens=16, d2sd_auto=False)  # no clock decides
+        tiny_target().generate(prompt(), assistant_model=tiny_assistant(4, 6), **options)
         assert with_package["committed"] == tiny_assistant(4, 6).last_stats.committed_per_cycle
 
     def test_once_it_is_imported_the_installed_class_is_used(self, folder, tmp_path):
@@ -191,7 +192,8 @@ class TestCustomGenerate:
 
     def test_it_decodes_with_the_repositorys_pair(self, by_custom_generate):
         assert by_custom_generate["sequence"] == greedy()
-        tiny_target().generate(prompt(), do_sample=False, max_new_tokens=16, assistant_model=tiny_assistant(4, 6))
+        options = dict(do_sample=False, max_new_tokens=16, d2sd_auto=False)  # no clock decides
+        tiny_target().generate(prompt(), assistant_model=tiny_assistant(4, 6), **options)
         assert by_custom_generate["committed"] == tiny_assistant(4, 6).last_stats.committed_per_cycle
 
     def test_other_options_are_handed_on(self, by_custom_generate):
