@@ -5,7 +5,8 @@
 A block drafter's marginals know nothing of the tokens before, so a tree's side branches go on as if its spine had been
 right. Counted at random anchors of held-out rows along the target's own text: on the spine (the slot before had the
 true token as its best), after a sibling (it had it second to eighth), and at all slots, each given the true token
-before; and how often the true token is among the candidates at all, which is what no head can exceed.
+before; and how often the true token is among the candidates at all, which is what no head can exceed. A third figure
+is of the head and the text so far, for drafters that read it.
 
 Beside them what a whole pass knows: the second drafter is shown the true tokens up to one that only a sibling of the
 first drafter's block had right, and drafts the next.

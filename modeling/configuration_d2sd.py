@@ -95,7 +95,7 @@ class D2SDDrafterConfig(_CheckedConfig):
         path_candidates (`int`): how many of a slot's likeliest tokens the path head scores.
         path_text_weight (`float`, *optional*): where set, the text so far speaks of paths too, with a path head or
             without: what is added to a token's logit, at most, for having followed the token before it earlier in the
-            text. See `hf_d2sd.followers.shares`.
+            text. See `hf_d2sd.followers.of_text`.
         confidence_head (`str`, *optional*): where set, the drafter says itself how likely a drafted token is to be
             accepted, from `"slot"`, its hidden state, or `"path"`, that and the path head's vector of the token
             before.
