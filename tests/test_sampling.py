@@ -176,6 +176,7 @@ class Blind:
     """Stands where the drafters do; `Replay` runs the real ones."""
 
     words = SimpleNamespace(add=lambda tokens: None)  # of the text, which nothing is drafted of
+    reads_text = False
 
     def extend(self, *args):
         pass
