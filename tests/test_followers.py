@@ -175,6 +175,21 @@ def test_recorded_cycles_draft_what_others_do(pair, most, monkeypatch):
     assert cycles[0] == cycles[1] == cycles[2]
 
 
+@pytest.mark.parametrize("context, read", [(0, True), (6, False)])
+def test_pairs_are_read_where_the_text_so_far_proposes_nothing_itself(context, read):
+    """It would be counted twice."""
+    target, ids = tiny_target(), prompt(4).repeat(1, 6)
+    options = dict(do_sample=False, max_new_tokens=24, d2sd_tree_width=4, d2sd_tree_budget=10, d2sd_trace=True)
+    drafted = []
+    for weight in (None, 3.0):
+        assistant = PAIRS["without heads"]()
+        for drafter in assistant.drafters:
+            drafter.config.path_text_weight = weight
+        target.generate(ids, assistant_model=assistant, d2sd_context=context, **options)
+        drafted.append([cycle.tokens for cycle in assistant.last_stats.trace])
+    assert (drafted[0] != drafted[1]) == read
+
+
 def test_what_the_text_repeats_is_drafted_where_all_else_is_equal():
     model = tiny_drafter(5, path_candidates=30)
     model.config.path_text_weight = 6.0

@@ -112,7 +112,7 @@ def _open_batch(
 ) -> Batch:
     """The rows of a call, with what reads their texts so far."""
     context = ContextSource(texts) if options.context_nodes else None
-    followers = Followers(texts, worker.device) if any(drafter.reads_text for drafter in drafters) else None
+    followers = Followers.wanted(texts, drafters, options, worker.device)
     return Batch(worker, drafters, choosers, options, context=context, followers=followers)
 
 

@@ -77,6 +77,16 @@ class Followers:
         self.counts = [self.counts[row] for row in staying]
         self._last = [self._last[row] for row in staying]
 
+    @classmethod
+    def wanted(cls, texts: list[list[int]], drafters: Iterable, options, device: torch.device) -> "Followers | None":
+        """Those that a call's drafters read; `None` where none does.
+
+        Where the text so far proposes nodes of its own, they are not read: both would count what it says, and of a
+        tree's nodes too many would be of what it says.
+        """
+        reads = any(drafter.reads_text for drafter in drafters) and not options.context_nodes
+        return cls(texts, device) if reads else None
+
     @property
     def pairs(self) -> Tensor:
         """(2, B, T), see `of_text`; in a ring of `MOST`, in which the pair after n others stands at n mod `MOST`."""

@@ -136,7 +136,7 @@ def replay(
     drafters = [Drafter(model, target) for model in assistant.drafters[: 2 if options.redrafts else 1]]
     known, counts, begun = KnownTarget(texts), Counts(), [text.tokens[: text.prompt_length].tolist() for text in texts]
     context = ContextSource(begun) if options.context_nodes else None
-    followers = Followers(begun, known.device) if any(drafter.reads_text for drafter in drafters) else None
+    followers = Followers.wanted(begun, drafters, options, known.device)
     batch = Batch(known, drafters, choosers, options, context=context, followers=followers)
     loop(batch, [known.prompts()], counts)
     return counts
