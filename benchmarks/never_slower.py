@@ -2,8 +2,9 @@
 
 python benchmarks/never_slower.py --out FOLDER [--pair FOLDER] [--threads 2] [--samples 2] [--new 96]
 
-times plain decoding and `auto` on each of some prompts, in batches of 1, 4 and 16, and on text without structure:
-random tokens as prompts, at temperature 2; each three times, of which the middle ratio counts. Then
+times plain decoding and `auto` on each of some prompts, greedy or at --temperature, in batches of 1, 4 and 16, and on
+text without structure: random tokens as prompts, at temperature 2; each three times, of which the middle ratio of the
+seconds a token counts. Then
 `hf-d2sd bench` runs with all strategies, greedy and at temperature 0.7. All that for both dtypes.
 A killed run goes on where it stopped; a measurement is a line of FOLDER/batches.jsonl as soon as it is there.
 """
@@ -40,13 +41,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2, help="prompts of each task")
     parser.add_argument("--new", type=int, default=96, help="tokens of each answer")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--temperature", type=float, default=0.0, help="of single prompts and batches; 0: greedy")
+    parser.add_argument("--only_prompts", action="store_true", help="leave all but single prompts out")
     parser.add_argument("--only_batches", action="store_true", help="leave the side by side of all strategies out")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     for dtype in options.dtypes:
         batches(options, dtype)
-        for temperature in () if options.only_batches else (0.0, 0.7):
+        for temperature in () if options.only_batches or options.only_prompts else (0.0, 0.7):
             side_by_side(options, dtype, temperature)
     report(records.read(options.out / "batches.jsonl"))
 
@@ -76,13 +79,16 @@ def batches(options, dtype: str) -> None:
     assistant = D2SDAssistant.from_pretrained(options.pair, dtype=model.dtype)
     prompts = read_suites(PROMPTS, options.samples)
     texts = {prompt.id: chat_text(tokenizer, list(prompt.turns[:1]), [], None, {}) for prompt in prompts}
+    drawn = {"do_sample": True, "temperature": options.temperature} if options.temperature else {}
     for name, inputs, given in cases(tokenizer, texts, model.config.vocab_size):
+        if options.only_prompts and name not in texts:
+            continue
         for repeat in range(REPEATS):
-            key = (dtype, name, repeat)
+            key = (f"{dtype}, temperature {options.temperature}" if drawn else dtype, name, repeat)
             if key not in done:
-                seconds = timed(model, assistant, inputs, options.new, repeat, given)
+                seconds, tokens = timed(model, assistant, inputs, options.new, repeat, {**drawn, **given})
                 decisions = str(assistant.last_stats.decisions)
-                records.append(file, {"key": key, "seconds": seconds, "decisions": decisions})
+                records.append(file, {"key": key, "seconds": seconds, "tokens": tokens, "decisions": decisions})
 
 
 def cases(tokenizer, texts: dict[str, str], vocab: int):
@@ -101,24 +107,26 @@ def cases(tokenizer, texts: dict[str, str], vocab: int):
         yield f"noise {seed}", inputs, dict(do_sample=True, temperature=2.0, top_k=0)
 
 
-def timed(model, assistant, inputs, new: int, repeat: int, given: dict) -> dict[str, float]:
-    """Seconds of a call, the prompt's pass included; who goes first alternates."""
+def timed(model, assistant, inputs, new: int, repeat: int, given: dict) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds of a call, the prompt's pass included, and its tokens; who goes first alternates."""
     ways = {"plain": {}, "auto": dict(assistant_model=assistant, d2sd_auto=True)}
-    seconds = {}
+    seconds, tokens = {}, {}
     for name in list(ways) if repeat % 2 else reversed(ways):
         set_seed(repeat)
         start = time.perf_counter()
         arguments = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, **given}
-        model.generate(**inputs, **arguments, **ways[name])
+        sequences = model.generate(**inputs, **arguments, **ways[name])
         seconds[name] = time.perf_counter() - start
-    return seconds
+        tokens[name] = sequences.shape[1] - inputs["input_ids"].shape[1]
+    return seconds, tokens
 
 
 def report(rows: list[dict]) -> None:
-    """The median of plain over `auto`, by dtype and case."""
+    """The median of plain over `auto`, of seconds a token, by dtype and case."""
     found: dict[tuple, list[float]] = {}
     for row in rows:
-        found.setdefault(tuple(row["key"][:2]), []).append(row["seconds"]["plain"] / row["seconds"]["auto"])
+        plain, auto = (row["seconds"][way] / row["tokens"][way] for way in ("plain", "auto"))
+        found.setdefault(tuple(row["key"][:2]), []).append(plain / auto)
     for (dtype, name), ratios in found.items():
         print(f"{dtype} {name}: {median(ratios):.2f} times plain ({min(ratios):.2f} to {max(ratios):.2f})")
     for dtype in dict.fromkeys(dtype for dtype, _ in found):

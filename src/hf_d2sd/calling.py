@@ -12,7 +12,14 @@ from transformers import GenerationConfig
 
 from .cache import TreeCache, check_supported, is_recurrent, save_contexts, saved_contexts
 from .choosing import Choosers, Record
-from .compat import CACHE_NAME, GenerateDecoderOnlyOutput, is_users_cache, own_cache_class, pad_token
+from .compat import (
+    CACHE_NAME,
+    GenerateDecoderOnlyOutput,
+    is_users_cache,
+    layers_read_once,
+    own_cache_class,
+    pad_token,
+)
 from .context import ContextSource
 from .costs import Place, Stopwatch, context_of, costs_of, guess
 from .decoding import Batch, decode
@@ -29,6 +36,7 @@ from .stats import D2SDStats
 from .target import Target
 
 
+@layers_read_once()
 def assisted_decode(
     assistant: D2SDAssistant,
     target,

@@ -9,6 +9,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -595,6 +596,26 @@ def compiled_everywhere() -> CompileConfig:
 
 
 NO_CACHE = "dummy"  # the type of layers without keys and values: of experts alone, or of another layer's
+_READ: ContextVar[dict | None] = ContextVar("layers that configs were found to have", default=None)
+
+
+@contextlib.contextmanager
+def layers_read_once():
+    """Within, what a config says of its layers is read once: a call asks thirty times, which takes up to 10 ms."""
+    token = _READ.set({})
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
+def _read_layers(text) -> tuple[list[str], list[dict]]:
+    read = _READ.get()
+    if read is None:
+        return get_layer_types_and_kwargs(text)
+    if id(text) not in read:
+        read[id(text)] = get_layer_types_and_kwargs(text), text  # which is kept, so that its id stays its own
+    return read[id(text)][0]
 
 
 def layer_types_of(config) -> tuple[list[str], list[dict]]:
@@ -603,7 +624,7 @@ def layer_types_of(config) -> tuple[list[str], list[dict]]:
     Layers at the end that attend to another layer's keys and values are of its type, or left out.
     """
     text = config.get_text_config(decoder=True)
-    types, options = get_layer_types_and_kwargs(text)
+    types, options = _read_layers(text)
     cached = _attention_types(text, types)[: len(types)]
     if not STATE_TYPES.isdisjoint(cached):  # beside layers with a state those without any count as such
         cached = ["linear_attention" if kind in (NO_CACHE, "moe", "mlp") else kind for kind in cached]
@@ -613,7 +634,7 @@ def layer_types_of(config) -> tuple[list[str], list[dict]]:
 def attention_types_of(config) -> list[str]:
     """Of all layers of a decoder the types, by Transformers' names."""
     text = config.get_text_config(decoder=True)
-    return _attention_types(text, get_layer_types_and_kwargs(text)[0])
+    return _attention_types(text, _read_layers(text)[0])
 
 
 def _attention_types(text, types: list[str]) -> list[str]:
