@@ -8,7 +8,8 @@ from tiny import WINDOW, prompt, tiny_assistant, tiny_target
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache, QuantizedCache
 
-from hf_d2sd.cache import Place, TreeCache, TreeLayer, check_supported
+from hf_d2sd import compat
+from hf_d2sd.cache import Place, TreeCache, TreeLayer, check_supported, layer_windows
 from hf_d2sd.modeling import CACHE_NAME
 from hf_d2sd.target import Target
 from hf_d2sd.tree import CandidateTree
@@ -292,3 +293,19 @@ class TestRefusals:
 
         with pytest.raises(ValueError, match="chunked_attention"):
             TreeCache(Llama4TextConfig(num_hidden_layers=4))
+
+
+def test_a_call_reads_once_what_a_config_says_of_its_layers(monkeypatch):
+    """A config that is changed between calls is read anew."""
+    read, stock = [], compat.get_layer_types_and_kwargs
+    monkeypatch.setattr(compat, "get_layer_types_and_kwargs", lambda config: read.append(config) or stock(config))
+    target, pair = tiny_target("mistral"), tiny_assistant(4, 6)
+    read.clear()
+    target.generate(prompt(5), do_sample=False, max_new_tokens=8, assistant_model=pair)
+    of_target = sum(config is target.config for config in read)
+    assert of_target <= 3 and len(read) <= 5, "before the call twice, in it once; its drafters' once each"
+    config = copy.deepcopy(target.config)
+    with compat.layers_read_once():
+        assert layer_windows(config) == layer_windows(config) != {"sliding_attention": 3}
+    config.sliding_window = 3
+    assert layer_windows(config) == {"sliding_attention": 3}
