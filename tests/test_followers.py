@@ -179,13 +179,15 @@ def test_recorded_cycles_draft_what_others_do(pair, most, monkeypatch):
 def test_pairs_are_read_where_the_text_so_far_proposes_nothing_itself(context, read):
     """It would be counted twice."""
     target, ids = tiny_target(), prompt(4).repeat(1, 6)
-    options = dict(do_sample=False, max_new_tokens=24, d2sd_tree_width=4, d2sd_tree_budget=10, d2sd_trace=True)
+    options = dict(do_sample=False, max_new_tokens=24, d2sd_tree_width=4, d2sd_tree_budget=10)
     drafted = []
     for weight in (None, 3.0):
         assistant = PAIRS["without heads"]()
         for drafter in assistant.drafters:
             drafter.config.path_text_weight = weight
-        target.generate(ids, assistant_model=assistant, d2sd_context=context, **options)
+        target.generate(
+            ids, assistant_model=assistant, d2sd_auto=False, d2sd_context=context, d2sd_trace=True, **options
+        )
         drafted.append([cycle.tokens for cycle in assistant.last_stats.trace])
     assert (drafted[0] != drafted[1]) == read
 
