@@ -1,10 +1,10 @@
 """Is a call that says nothing of trees ever slower than plain decoding? On SmolLM2-135M-Instruct, where it runs.
 
-python benchmarks/never_slower.py --out FOLDER [--pair FOLDER] [--threads 2] [--samples 2] [--new 96]
+python benchmarks/never_slower.py --out FOLDER [--pair FOLDER] [--threads 2] [--samples 2] [--new 96] [--repeats 3]
 
 times plain decoding and `auto` on each of some prompts, greedy or at --temperature, in batches of 1, 4 and 16, and on
-text without structure: random tokens as prompts, at temperature 2; each three times, of which the middle ratio of the
-seconds a token counts. Then
+text without structure: random tokens as prompts, at temperature 2; each several times, of which the middle ratio of
+the seconds a token counts. Then
 `hf-d2sd bench` runs with all strategies, greedy and at temperature 0.7. All that for both dtypes.
 A killed run goes on where it stopped; a measurement is a line of FOLDER/batches.jsonl as soon as it is there.
 """
@@ -30,7 +30,7 @@ from hf_d2sd.benchmark.run import bench  # noqa: E402
 from hf_d2sd.benchmark.suites import chat_text, read_suites  # noqa: E402
 
 PROMPTS = sorted((HERE / "prompts").glob("*.jsonl"))
-BATCHES, NOISE, REPEATS = (1, 4, 16), 3, 3
+BATCHES, NOISE = (1, 4, 16), 3
 
 
 def main() -> None:
@@ -42,14 +42,15 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=96, help="tokens of each answer")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--temperature", type=float, default=0.0, help="of single prompts and batches; 0: greedy")
-    parser.add_argument("--only_prompts", action="store_true", help="leave all but single prompts out")
+    parser.add_argument("--repeats", type=int, default=3, help="of each call")
+    parser.add_argument("--only", nargs="+", help="these cases alone, as `noise 1` or an id of a prompt")
     parser.add_argument("--only_batches", action="store_true", help="leave the side by side of all strategies out")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     for dtype in options.dtypes:
         batches(options, dtype)
-        for temperature in () if options.only_batches or options.only_prompts else (0.0, 0.7):
+        for temperature in () if options.only_batches or options.only else (0.0, 0.7):
             side_by_side(options, dtype, temperature)
     report(records.read(options.out / "batches.jsonl"))
 
@@ -81,9 +82,9 @@ def batches(options, dtype: str) -> None:
     texts = {prompt.id: chat_text(tokenizer, list(prompt.turns[:1]), [], None, {}) for prompt in prompts}
     drawn = {"do_sample": True, "temperature": options.temperature} if options.temperature else {}
     for name, inputs, given in cases(tokenizer, texts, model.config.vocab_size):
-        if options.only_prompts and name not in texts:
+        if options.only and name not in options.only:
             continue
-        for repeat in range(REPEATS):
+        for repeat in range(options.repeats):
             key = (f"{dtype}, temperature {options.temperature}" if drawn else dtype, name, repeat)
             if key not in done:
                 seconds, tokens = timed(model, assistant, inputs, options.new, repeat, {**drawn, **given})
