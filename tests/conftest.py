@@ -14,6 +14,7 @@ from reference import (
     with_kvcache_2,
     with_kvcache_3,
 )
+from tiny import changed_since
 from transformers import GenerationConfig
 
 from hf_d2sd import cache, kernels
@@ -25,6 +26,14 @@ from hf_d2sd.kernels import KERNELS
 def _one_thread_and_a_seed():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _shared_models_stay_as_they_are():
+    """A test that changes them would break others, by the order in which they happen to run."""
+    yield
+    changed = changed_since()
+    assert not changed, f"this test has changed models that others share: {changed}"
 
 
 @pytest.fixture(autouse=True)

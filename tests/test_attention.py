@@ -286,14 +286,15 @@ def test_queries_that_share_keys_read_them_together_and_see_the_same(shared, dty
 def test_plain_steps_in_half_precision_group_their_queries(dtype, own, groups, monkeypatch):
     target = copy.deepcopy(tiny_target("llama")).to(getattr(torch, dtype))
     target.set_attn_implementation(own)
-    assistant, heads, stock = tiny_assistant(4, 6), [], torch.nn.functional.scaled_dot_product_attention
+    assistant, heads = copy.deepcopy(tiny_assistant(4, 6)).to(target.dtype), []
+    stock = torch.nn.functional.scaled_dot_product_attention
 
     def noting(query, key, *args, **kwargs):
         heads.append((query.shape[1:3], key.shape[1]))
         return stock(query, key, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noting)
-    options = dict(do_sample=False, max_new_tokens=5, assistant_model=assistant.to(target.dtype), d2sd_tree_budget=1)
+    options = dict(do_sample=False, max_new_tokens=5, assistant_model=assistant, d2sd_tree_budget=1)
     target.generate(prompt(9), **options)
     shared, group = (
         target.config.num_key_value_heads,

@@ -542,3 +542,13 @@ def test_first_passes_that_were_dear_do_not_keep_trees_from_being_checked():
     for _ in range(3):
         table.see({(FIRST, 1): 0.001, (PASS, 4): 0.05, (REST, 1): 0.0005})
     assert decided(likely, likely, table, held=BEGINNING)[2] < 4
+
+
+@pytest.mark.parametrize("held_up", [0.6, 6.0])
+def test_what_cycles_cost_is_not_told_by_plain_steps_that_were_held_up(held_up):
+    """A first step times products, a busy machine stops one now and then: of no other step that says anything."""
+    table = CostTable.guessed(0.05, 0.05, 0.1, 0.1, 1, 8)
+    costs = [table.see({(PASS, 1): seconds}) for seconds in (held_up, 0.02, 0.02, 0.02, held_up, 0.02, 0.02, 0.02)]
+    assert costs[-1] == pytest.approx(1, rel=0.25), "0.02 of a mean of 0.165, or of 1.5"
+    assert costs[4] == pytest.approx(held_up / 0.02, rel=0.3), "but what it cost itself is told"
+    assert table.see({(FIRST, 1): 0.01, (PASS, 4): 0.025, (REST, 1): 0.005}) == pytest.approx(2, rel=0.25)

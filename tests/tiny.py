@@ -71,6 +71,24 @@ _BUILDERS = {
 }
 FAMILIES = tuple(_BUILDERS)
 
+_shared: list[tuple[str, torch.nn.Module, dict]] = []  # models, by what they are, and their weights as they were made
+
+
+def _share(name: str, model: torch.nn.Module) -> None:
+    _shared.append((name, model, _seen(model)))
+
+
+def _seen(model: torch.nn.Module) -> dict[str, tuple]:
+    """Of each weight, what is another once somebody has changed it."""
+    return {name: (each.dtype, each.data_ptr(), each._version) for name, each in model.named_parameters()}
+
+
+def changed_since() -> list[str]:
+    """Shared models that somebody has changed since this was asked last."""
+    changed = [name for name, model, before in _shared if _seen(model) != before]
+    _shared[:] = [(name, model, _seen(model)) for name, model, _ in _shared]
+    return changed
+
 
 @functools.cache
 def tiny_target(family: str = "llama"):
@@ -85,6 +103,7 @@ def tiny_target(family: str = "llama"):
     if family == "gemma3_image":  # zero at initialisation: no image would ever be seen
         torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    _share(f"target {family}", model)
     return model
 
 
@@ -109,9 +128,11 @@ def tiny_drafter(block_size: int = 4, seed: int = 0, **changes) -> D2SDDrafterMo
 
 @functools.cache
 def tiny_assistant(block_size: int = 4, second_block_size: int | None = None) -> D2SDAssistant:
-    """A pair of random drafters for any tiny target; shared."""
+    """A pair of random drafters for any tiny target; shared, so tests must not change it."""
     second = tiny_drafter(second_block_size or block_size, seed=1)
-    return D2SDAssistant.from_drafters(tiny_drafter(block_size), second)
+    assistant = D2SDAssistant.from_drafters(tiny_drafter(block_size), second)
+    _share(f"drafters {block_size}, {second_block_size}", assistant)
+    return assistant
 
 
 def prompt(length: int = 9, seed: int = 0) -> torch.Tensor:

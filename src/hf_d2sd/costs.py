@@ -26,6 +26,7 @@ Part = tuple[str, int]  # name and size: of a second draft its K blocks, of a pa
 _PRIORS = {"gain": (0.5, 2.0, 0.97), "cycle": (1.0, 1.0, 0.97), "added": (0.25, 1.0, 0.9)}
 KEPT = 16  # measurements of a part, and of a plain step, that count: the latest
 FEW = 3  # measurements of a part, below which its cost may be no more than that of its first runs
+HELD_UP = 2.0  # medians, above which a plain step tells nothing of the others
 LONG_AGO = 32  # cycles after which plain steps of before count for little: machines get slower and faster
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # of passes: few, so that each is measured soon, and what products are filled up to
 BEGINNING = 1.5  # plain steps that a call may lose before anything was gained, at the most
@@ -247,6 +248,13 @@ def median(values: list[float]) -> float:
     return sorted(values)[(len(values) - 1) // 2]
 
 
+def usual(values: list[float]) -> float:
+    """The mean, where none counts for more than `HELD_UP` medians: first steps time products, and on a busy machine
+    one may take thirty times as long as the next."""
+    most = HELD_UP * median(values)
+    return sum(min(value, most) for value in values) / len(values)
+
+
 def never_falling(points: list[tuple[int, float, int]]) -> list[tuple[int, float]]:
     """The closest values that never fall: neighbours that do are pooled, by their weights.
 
@@ -325,7 +333,7 @@ class CostTable:
         return self.curves[name].hoped(size)
 
     def see(self, seconds: dict[Part, float]) -> float:
-        """Take in a cycle's measured times; returns its cost in plain steps, of which the mean is 1."""
+        """Take in a cycle's measured times; returns its cost in plain steps, `usual` ones."""
         with self.lock:
             parts = [part for part in seconds if part[0] not in (REST, ONCE)]
             total, plain = sum(seconds.values()), parts == [(PASS, 1)]
@@ -342,7 +350,7 @@ class CostTable:
             for (name, size), taken in seconds.items():
                 if name != ONCE and (not plain or name == PASS):
                     self.curves[name].add(size, taken / unit)
-            return total * len(self.unit) / sum(self.unit)
+            return total / usual(self.unit)
 
     def yielded(self, kind: str) -> Tally:
         with self.lock:
