@@ -2,10 +2,11 @@
 
 python benchmarks/never_slower.py --out FOLDER [--pair FOLDER] [--threads 2] [--samples 2] [--new 96] [--repeats 3]
 
-times plain decoding and `auto` on each of some prompts, greedy or at --temperature, in batches of 1, 4 and 16, and on
-text without structure: random tokens as prompts, at temperature 2; each several times, of which the middle ratio of
-the seconds a token counts. Then
-`hf-d2sd bench` runs with all strategies, greedy and at temperature 0.7. All that for both dtypes.
+times plain decoding and `auto` on each of some prompts, greedy or at --temperature, in batches of 1 to 16, and on text
+without structure: random tokens as prompts, at temperature 2; each several times, of which the middle ratio of the
+seconds a token counts. Beside batches also `same tree`: the pair's own in every cycle, so that it shows from how many
+rows on such trees do not pay any more. Then `hf-d2sd bench` runs with all strategies, greedy and at temperature 0.7.
+All that for both dtypes.
 A killed run goes on where it stopped; a measurement is a line of FOLDER/batches.jsonl as soon as it is there.
 """
 
@@ -30,7 +31,7 @@ from hf_d2sd.benchmark.run import bench  # noqa: E402
 from hf_d2sd.benchmark.suites import chat_text, read_suites  # noqa: E402
 
 PROMPTS = sorted((HERE / "prompts").glob("*.jsonl"))
-BATCHES, NOISE = (1, 4, 16), 3
+BATCHES, NOISE = (1, 2, 4, 8, 16), 3
 
 
 def main() -> None:
@@ -87,9 +88,11 @@ def batches(options, dtype: str) -> None:
         for repeat in range(options.repeats):
             key = (f"{dtype}, temperature {options.temperature}" if drawn else dtype, name, repeat)
             if key not in done:
-                seconds, tokens = timed(model, assistant, inputs, options.new, repeat, {**drawn, **given})
-                decisions = str(assistant.last_stats.decisions)
-                records.append(file, {"key": key, "seconds": seconds, "tokens": tokens, "decisions": decisions})
+                ways = {"plain": {}, "auto": dict(assistant_model=assistant, d2sd_auto=True)}
+                if name.startswith("batch"):
+                    ways["same tree"] = dict(assistant_model=assistant, d2sd_auto=False)
+                row = timed(model, ways, inputs, options.new, repeat, {**drawn, **given})
+                records.append(file, {"key": key, **row})
 
 
 def cases(tokenizer, texts: dict[str, str], vocab: int):
@@ -108,31 +111,39 @@ def cases(tokenizer, texts: dict[str, str], vocab: int):
         yield f"noise {seed}", inputs, dict(do_sample=True, temperature=2.0, top_k=0)
 
 
-def timed(model, assistant, inputs, new: int, repeat: int, given: dict) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds of a call, the prompt's pass included, and its tokens; who goes first alternates."""
-    ways = {"plain": {}, "auto": dict(assistant_model=assistant, d2sd_auto=True)}
-    seconds, tokens = {}, {}
+def timed(model, ways: dict[str, dict], inputs, new: int, repeat: int, given: dict) -> dict:
+    """Of a call in each way, by its name: seconds, the prompt's pass included, and tokens; who goes first alternates.
+
+    And what was decided where that was `auto`, in words.
+    """
+    row = {"seconds": {}, "tokens": {}}
     for name in list(ways) if repeat % 2 else reversed(ways):
         set_seed(repeat)
         start = time.perf_counter()
         arguments = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, **given}
         sequences = model.generate(**inputs, **arguments, **ways[name])
-        seconds[name] = time.perf_counter() - start
-        tokens[name] = sequences.shape[1] - inputs["input_ids"].shape[1]
-    return seconds, tokens
+        row["seconds"][name] = time.perf_counter() - start
+        row["tokens"][name] = sequences.shape[1] - inputs["input_ids"].shape[1]
+        if name == "auto":
+            row["decisions"] = str(ways[name]["assistant_model"].last_stats.decisions)
+    return row
 
 
 def report(rows: list[dict]) -> None:
-    """The median of plain over `auto`, of seconds a token, by dtype and case."""
-    found: dict[tuple, list[float]] = {}
+    """The median of plain over each other way, of seconds a token, by dtype and case."""
+    found: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
-        plain, auto = (row["seconds"][way] / row["tokens"][way] for way in ("plain", "auto"))
-        found.setdefault(tuple(row["key"][:2]), []).append(plain / auto)
-    for (dtype, name), ratios in found.items():
-        print(f"{dtype} {name}: {median(ratios):.2f} times plain ({min(ratios):.2f} to {max(ratios):.2f})")
-    for dtype in dict.fromkeys(dtype for dtype, _ in found):
-        alone = [median(ratios) for (of, name), ratios in found.items() if of == dtype and "/" in name]
-        print(f"{dtype}, {len(alone)} prompts: {median(alone):.2f} times plain, {min(alone):.2f} to {max(alone):.2f}")
+        taken = {way: seconds / row["tokens"][way] for way, seconds in row["seconds"].items()}
+        for way in sorted(set(taken) - {"plain"}):
+            found.setdefault((*row["key"][:2], way), []).append(taken["plain"] / taken[way])
+    for (dtype, name, way), ratios in found.items():
+        print(f"{dtype} {name}, {way}: {median(ratios):.2f} times plain ({min(ratios):.2f} to {max(ratios):.2f})")
+    for dtype in dict.fromkeys(dtype for dtype, *_ in found):
+        alone = [median(ratios) for (of, name, _), ratios in found.items() if of == dtype and "/" in name]
+        if alone:
+            print(
+                f"{dtype}, {len(alone)} prompts: {median(alone):.2f} times plain, {min(alone):.2f} to {max(alone):.2f}"
+            )
 
 
 if __name__ == "__main__":
