@@ -12,6 +12,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -74,6 +76,28 @@ class TestWhereGenerationEnds:
         expected = plain(**options)
         assert ours(pair, **options).tolist() == expected.tolist()
         assert len(generated(expected)) >= 9
+
+    @pytest.mark.parametrize("given", ["min_new_tokens", "min_length"])
+    def test_what_puts_off_the_end_is_asked_only_where_the_text_would_end(self, pair, given, monkeypatch):
+        kind = MinLengthLogitsProcessor if given == "min_length" else MinNewTokensLengthLogitsProcessor
+        asked, stock = [], kind.__call__
+
+        def noting(processor, input_ids, scores):
+            asked.append(scores[0, end] in (scores.max(), -torch.inf))  # the latter where another one came before
+            return stock(processor, input_ids, scores)
+
+        end = generated(plain())[1]
+        monkeypatch.setattr(kind, "__call__", noting)
+        options = {"eos_token_id": end, "pad_token_id": 0, given: 9 + prompt().shape[1] * (given == "min_length")}
+        text = ours(pair, **options).tolist()
+        assert asked and all(asked) and len(asked) < len(text[0]) - prompt().shape[1]
+        asked.clear()
+        assert text == plain(**options).tolist() and len(asked) == len(text[0]) - prompt().shape[1]
+        scored = ours(pair, **options, output_scores=True, return_dict_in_generate=True)
+        expected = plain(**options, output_scores=True, return_dict_in_generate=True)
+        assert scored.sequences.tolist() == text
+        for one, other in zip(scored.scores, expected.scores, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
     def test_stop_strings_end_on_the_token(self, pair, tokenizer):
         text = "".join(LETTERS[token] for token in generated(plain()))

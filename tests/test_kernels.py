@@ -423,3 +423,33 @@ def test_texts_are_plain_generates(family, name, as_on_a_gpu, parts):
     for shape in (dict(d2sd_tree_budget=1), dict(d2sd_tree_budget=2), {}):
         shape |= dict(d2sd_attention_backend=name, assistant_model=tiny_assistant(4, 6))
         assert target.generate(prompt(9), **options, **shape).tolist() == plain.tolist()
+
+
+class TestQueriesThatShareKeysOnACpu:
+    """Few queries of heads that share keys go to torch's kernel as one head's; nothing else changes."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(("rows", "nodes", "keys"), [(1, 4, 200), (3, 1, 60), (3, 7, 60), (2, 11, 300)])
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_outputs_and_lse_are_those_of_one_head_at_a_time(self, dtype, rows, nodes, keys, masked, monkeypatch):
+        query = torch.randn(rows, nodes, 6, 16, dtype=dtype).transpose(1, 2)
+        key, value = torch.randn(2, rows, 2, keys + 9, 16, dtype=dtype)[:, :, :, :keys]
+        hidden = torch.rand(rows, 1, nodes, keys) < 0.3
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min) if masked else None
+        shapes, stock = [], kernels._cpu_kernel
+
+        def noting(query, *args, **kwargs):
+            shapes.append(query.shape)
+            return stock(query, *args, **kwargs)
+
+        monkeypatch.setattr(kernels, "_cpu_kernel", noting)
+        out, lse = kernels._grouped_on_cpu(query, key, value, 0.25, mask)
+        groups = nodes > 1 if dtype == torch.float32 else True
+        assert shapes == [(rows, 2, 3 * nodes, 16) if groups and 3 * nodes <= 32 else (rows, 6, nodes, 16)]
+        wide = kernels.repeated(key, 3).float(), kernels.repeated(value, 3).float()
+        scores = query.float() @ wide[0].transpose(2, 3) * 0.25
+        scores = scores if mask is None else scores + mask.float()
+        tolerance = dict(atol=2e-2, rtol=2e-2) if dtype == torch.bfloat16 else dict(atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out.float(), scores.softmax(-1) @ wide[1], **tolerance)
+        torch.testing.assert_close(lse.float(), scores.logsumexp(-1), **tolerance)
+        assert out.shape == query.shape

@@ -20,6 +20,7 @@ from hf_d2sd.paying import (
     manner_of,
     purse_out_of,
     trees,
+    weights,
 )
 
 
@@ -211,13 +212,13 @@ def test_a_call_tries_later_where_other_calls_drafts_lost(added, first):
         table.yielded("added:nothing").add(added, 1.0)
     pace, asked = Pace(lambda rows, length: table, NoWatch(), 4, 64), []
     for step in range(12):
-        pace.begin(1, 10 + step)
+        pace.begin([0], 10 + step)
         if pace.drafts([]):
             asked.append(step)
             pace.purse.tried(1.0)
         pace._reason = "-"
         pace.mark(PASS, 1)
-        pace.end(1, 0)
+        pace.end([1])
     assert asked == list(range(first, 12))
 
 
@@ -236,7 +237,7 @@ def test_what_drafts_are_worth_is_known_by_how_tokens_are_chosen():
     ratios = []
     for how in ((False, None), (True, 2.0)):
         pace = Pace(lambda rows, length: table, NoWatch(), 4, 64, manner_of(*how))
-        pace.begin(1, 10)
+        pace.begin([0], 10)
         ratios.append((pace.drafts([]), pace._tally("first, few nodes").ratio))
     assert ratios[0] == (True, 1.0) and not ratios[1][0] and ratios[1][1] <= 0.5
 
@@ -295,7 +296,7 @@ def measured_table(first=0.2, second=0.3, node=0.03, rest=0.05, rows=1) -> CostT
 
 def decided(reach_first, reach_both, table, **held):
     pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
-    pace.begin(1, 10)
+    pace.begin([0], 10)
     pace.purse.held = pace.purse.real = held.get("held", MOST)
     if not pace.drafts([]):
         return "plain", 0, pace.nodes([])
@@ -338,14 +339,14 @@ def test_a_tree_is_no_larger_than_what_may_be_lost():
 def test_candidates_that_need_no_draft_are_checked_by_themselves():
     table = measured_table()
     pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
-    pace.begin(1, 10)
+    pace.begin([0], 10)
     reach = [0.9, 0.8, 0.7]
     table.yielded("added:more").add(-3.0, 1.0)  # drafts added nothing where the text so far promised as much
     pace.purse.wait = 8.0
     assert not pace.drafts(reach)
     assert pace.nodes(reach) == 4 and pace._kind == "free"
     pace.mark(PASS, 4)
-    pace.end(tokens=3, accepted=2)
+    pace.end([3])
     assert pace.decisions.kinds == {"free": 1} and pace.decisions.nodes == {4: 1} and pace.decisions.tokens == 3
 
 
@@ -370,7 +371,7 @@ def test_one_decision_holds_for_all_rows_of_a_batch():
     table = measured_table(second=9.0, node=0.1)
     alone = decided([0.5] * 7, [], table)[2]
     pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
-    pace.begin(4, 10)
+    pace.begin([0] * 4, 10)
     pace.purse.held = pace.purse.real = MOST
     assert pace.drafts([])
     pace.mark(FIRST)
@@ -383,14 +384,14 @@ def test_drafts_whose_words_do_not_hold_are_believed_less():
     pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
     sizes = []
     for _ in range(60):
-        pace.begin(1, 10)
+        pace.begin([0], 10)
         pace.purse.held, pace.purse.real, pace.purse.wait = MOST, MOST, 0.0  # as if losing did not matter
         assert pace.drafts([])
         pace.mark(FIRST)
         pace.branches([0.9, 0.8, 0.7, 0.6])
         sizes.append(pace.nodes([0.9, 0.8, 0.7, 0.6]))
         pace.mark(PASS, sizes[-1])
-        pace.end(tokens=1, accepted=0)
+        pace.end([1])
     assert sizes[0] == 4 and sum(size > 1 for size in sizes[-30:]) <= 10, sizes
 
 
@@ -399,14 +400,14 @@ def test_a_few_unlucky_cycles_in_a_row_do_not_end_what_pays():
     table, reach = measured_table(second=9.0), [0.5, 0.3, 0.15]
     pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
     for cycle in range(6):
-        pace.begin(1, 10)
+        pace.begin([0], 10)
         assert pace.drafts([]), (cycle, pace.purse.held, pace.purse.real)
         pace.mark(FIRST)
         pace.branches(reach)
         nodes = pace.nodes(reach)
         assert nodes > 1
         pace.mark(PASS, nodes)
-        pace.end(tokens=1, accepted=0)
+        pace.end([1])
 
 
 def a_call(reach, new: int, right: float, seed: int = 0, free: bool = False) -> tuple[float, Pace]:
@@ -419,7 +420,7 @@ def a_call(reach, new: int, right: float, seed: int = 0, free: bool = False) -> 
     pace = Pace(lambda rows, length: table, NoWatch(), 4, 64)
     done = cost = 0.0
     while done < new:
-        pace.begin(1, 10)
+        pace.begin([0], 10)
         seen = reach if free else []
         if pace.drafts(seen):
             pace.mark(FIRST)
@@ -430,7 +431,7 @@ def a_call(reach, new: int, right: float, seed: int = 0, free: bool = False) -> 
         pace.mark(PASS, nodes)
         accepted = sum(rng.random() < right * p for p in seen[: nodes - 1])
         cost += table.of(*pace._parts)
-        pace.end(tokens=1 + accepted, accepted=accepted)
+        pace.end([1 + accepted])
         done += 1 + accepted
     return cost - done, pace
 
@@ -464,7 +465,7 @@ def test_large_trees_are_believed_apart_from_small_ones(disappointed, size):
     if disappointed:
         table.yielded("first, many nodes").add(0.0, 100.0)
     pace = Pace(lambda rows, length: table, NoWatch(), 4, 32)
-    pace.begin(1, 10)
+    pace.begin([0], 10)
     pace.purse.held = pace.purse.real = 100.0
     assert pace.drafts([])
     pace.mark(FIRST)
@@ -491,7 +492,7 @@ def test_a_calls_first_draft_tells_nothing_of_what_drafts_cost():
     table = measured_table()
     pace = Pace(lambda rows, length: table, watch := Watch(), 4, 64)
     for _ in range(2):
-        pace.begin(1, 10)
+        pace.begin([0], 10)
         pace.mark(FIRST)
         pace.mark(SECOND, 2)
         pace.mark(PASS, 8)
@@ -552,3 +553,37 @@ def test_what_cycles_cost_is_not_told_by_plain_steps_that_were_held_up(held_up):
     assert costs[-1] == pytest.approx(1, rel=0.25), "0.02 of a mean of 0.165, or of 1.5"
     assert costs[4] == pytest.approx(held_up / 0.02, rel=0.3), "but what it cost itself is told"
     assert table.see({(FIRST, 1): 0.01, (PASS, 4): 0.025, (REST, 1): 0.005}) == pytest.approx(2, rel=0.25)
+
+
+# Rows of a batch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(("rooms", "emitted"), [([9], [5]), ([50, 40, 70], [20, 30, 1]), (None, [3, 9, 8, 8])])
+def test_rows_weigh_one_on_average_and_none_nothing(rooms, emitted, share):
+    found = weights(rooms, emitted, share)
+    assert sum(found) == pytest.approx(len(emitted)) and min(found) >= share
+    slowest = min(range(len(emitted)), key=lambda row: emitted[row])
+    assert found[slowest] == max(found)
+
+
+def test_rows_that_have_as_far_to_go_weigh_the_same():
+    assert weights([30] * 4, [0] * 4, 0.2) == pytest.approx([1.0] * 4)
+    assert weights([64], [7], 0.2) == [1.0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_a_row_weighs_is_what_a_step_less_of_it_saves_of_a_call(seed):
+    """By brute force, where rows keep their paces and one takes twice as long as the others."""
+    rng = random.Random(seed)
+    alone, more, rows = 1.0, rng.uniform(0.01, 0.3), rng.randint(2, 8)
+    paces, left = [rng.uniform(1, 4) for _ in range(rows)], [rng.uniform(20, 50) for _ in range(rows)]
+    left[rng.randrange(rows)] = 100.0
+
+    def time(left: list[float]) -> float:
+        return alone * max(left) + more * sum(left)
+
+    saved = [time(left) - time([steps - (at == row) for at, steps in enumerate(left)]) for row in range(rows)]
+    rooms, emitted = [[1e4 * steps * pace for steps, pace in zip(left, paces)], [1e4 * pace for pace in paces]]
+    found = weights(rooms, emitted, rows * more / (alone + rows * more))
+    assert found == pytest.approx([rows * one / sum(saved) for one in saved], abs=0.05 * rows)

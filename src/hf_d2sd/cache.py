@@ -160,7 +160,7 @@ class TreeLayer(DynamicLayer):
             if slots.ndim == 1:
                 buffer.index_copy_(2, slots, states)
             else:
-                buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states)
+                _put(buffer, slots, states)
 
     def get_seq_length(self) -> int:
         return self.dropped[0] + self.length
@@ -330,9 +330,24 @@ def move(buffers: list[Tensor], sources: Tensor, targets: Tensor) -> None:
     """In each of the buffers, copy the tokens in slots `sources` (B, A) to slots `targets` (B, A)."""
     for buffer in buffers:
         at, to = sources.to(buffer.device), targets.to(buffer.device)
-        shape = buffer.shape[0], buffer.shape[1], at.shape[1], buffer.shape[3]
-        moved = buffer.gather(2, at[:, None, :, None].expand(shape))
-        buffer.scatter_(2, to[:, None, :, None].expand(shape), moved)
+        if has_heads_side_by_side(buffer):
+            shape = buffer.shape[0], buffer.shape[1], at.shape[1], buffer.shape[3]
+            _put(buffer, to, buffer.gather(2, at[:, None, :, None].expand(shape)))
+        else:
+            _put(buffer, to, buffer.transpose(1, 2)[_each_row(at), at].transpose(1, 2))
+
+
+def _put(buffer: Tensor, slots: Tensor, states: Tensor) -> None:
+    """Write states (B, H, n, D) to slots (B, n)."""
+    if has_heads_side_by_side(buffer):
+        buffer.scatter_(2, slots[:, None, :, None].expand_as(states), states)
+    else:  # a CPU's scatter in half precision takes as long as the buffer is large
+        buffer.transpose(1, 2)[_each_row(slots), slots] = states.transpose(1, 2)
+
+
+def _each_row(slots: Tensor) -> Tensor:
+    """(B, 1), what goes with slots (B, n) as an index of rows."""
+    return torch.arange(len(slots), device=slots.device)[:, None]
 
 
 def has_heads_side_by_side(states: Tensor) -> bool:

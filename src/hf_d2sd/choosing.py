@@ -10,11 +10,15 @@ from .compat import (
     EosTokenCriteria,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     StoppingCriteriaList,
     is_stock_processor,
     keeps_state_of_batch,
     processor_of_row,
 )
+
+_KEEP_GOING = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
 
 
 @dataclass
@@ -69,6 +73,11 @@ class Chooser:
         self._sequence = self.input_ids.new_empty(1, self.length + 256)
         self._sequence[:, : self.length] = self.input_ids
         self._vectorised = not (self.do_sample or self.logits_processor)
+        # Tokens that processors may forbid, where they do nothing else: any other greatest one is the choice.
+        keeps_going = all(type(processor) in _KEEP_GOING for processor in self.logits_processor)
+        self._may_forbid: set[int] | None = None
+        if keeps_going and not self.do_sample and self.record.scores is None and self.record.logits is None:
+            self._may_forbid = {t for each in self.logits_processor for t in each.eos_token_id.tolist()}
         self._greedy: list[int] = []
         self.finished = False
         self.done_at: int | None = None  # the length at which a criterion held first
@@ -77,6 +86,11 @@ class Chooser:
     def vectorised(self) -> bool:
         """Whether the choices are the greatest logits, with nothing to process or draw."""
         return self._vectorised
+
+    @property
+    def asks_for_greatest(self) -> bool:
+        """Whether each node's greatest token is to be known: all choices are such ones, or nearly all."""
+        return self._vectorised or self._may_forbid is not None
 
     @property
     def sequence(self) -> Tensor:
@@ -110,6 +124,8 @@ class Chooser:
             if self.record.scores is not None or self.record.logits is not None:
                 logits = self._node_logits(node)
                 self.record.add(logits, logits)
+        elif self._may_forbid is not None and self._greedy[node] not in self._may_forbid:
+            token = self._greedy[node]
         else:
             logits = self._node_logits(node)
             scores = self.logits_processor(self.sequence, logits)
@@ -203,11 +219,12 @@ class Choosers:
         return not self.rows[0].ends_alone and bool(self.rows[0]._criteria)
 
     def look(self, logits: Tensor) -> Tensor:
-        """Take the logits (B, N, V) of the rows that still choose; returns each node's greatest token (B, N)."""
+        """Take the logits (B, N, V) of the rows that still choose; returns each node's greatest token (B, N), or 0."""
         for chooser, row in zip(self.active, logits.unbind()):
             chooser.look(row)
         # `max` finds the same token as `argmax`, the first of equals, and on a CPU in a fraction of its time.
-        return logits.max(-1).indices if self.vectorised else logits.new_zeros(logits.shape[:2], dtype=torch.long)
+        greatest = self.rows[0].asks_for_greatest
+        return logits.max(-1).indices if greatest else logits.new_zeros(logits.shape[:2], dtype=torch.long)
 
     def follow(self) -> None:
         """See `Chooser.follow`."""

@@ -30,6 +30,8 @@ from transformers.generation import (
     GenerationMode,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     PrefixConstrainedLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
@@ -800,5 +802,7 @@ __all__ = [
     "LinearAttentionLayer",
     "LogitsProcessorList",
     "MaxLengthCriteria",
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
     "StoppingCriteriaList",
 ]

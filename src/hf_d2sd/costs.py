@@ -358,6 +358,12 @@ class CostTable:
             return self.yields.setdefault(kind, Tally(prior, weight, keeps))
 
     @property
+    def share_of_rows(self) -> float:
+        """Of a plain step's cost what grows with its rows; guessed, as one more token of each row costs."""
+        guess = self.curves[PASS].guess
+        return min(max(interpolated(guess, 2) - interpolated(guess, 1), 0.0), 1.0)
+
+    @property
     def is_measured(self) -> bool:
         """Whether it is known how long a plain step takes."""
         return self.plain_steps >= 2

@@ -132,7 +132,8 @@ class Batch:
         rooms = self.choosers.rooms
         state = State(on_device, self.drafters, self.options, rooms, fixed_shapes, self.context, self.pace)
         if self.pace is not None:
-            self.pace.begin(len(anchors), max(self.target.positions))
+            emitted = [chooser.length - self.choosers.prompt_length for chooser in self.choosers.active]
+            self.pace.begin(emitted, max(self.target.positions), rooms)
         return state
 
     def accept(self, tree: CandidateTree, step: TargetPass) -> Accepted:
@@ -180,7 +181,7 @@ class Batch:
         for text in self._texts:
             text.extend(accepted.emitted)
         if self.pace is not None:
-            self.pace.end(sum(map(len, accepted.emitted)), sum(max(count - 1, 0) for count in counts))
+            self.pace.end(list(map(len, accepted.emitted)))
 
     def leave(self, anchors: list[int]) -> list[int]:
         """Let finished rows leave the batch; returns the anchors of those that stay."""

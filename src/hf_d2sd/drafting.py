@@ -355,7 +355,7 @@ def _join(parts: tuple[tuple[Tensor, list[int]], ...]) -> tuple[Tensor, list[int
     for features, counts in parts:
         at, own = torch.arange(features.shape[1]), torch.tensor(counts)[:, None]
         place = torch.where(at < own, ends + at, max(totals)).to(first.device)
-        joined.scatter_(1, place[..., None].expand_as(features), features)
+        joined[torch.arange(len(place), device=place.device)[:, None], place] = features
         ends += own
     return joined[:, :-1], totals
 

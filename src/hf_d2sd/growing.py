@@ -74,14 +74,20 @@ class State:
         return None if self.rooms is None else per_row(self.rooms, self.anchors.device) - 1
 
     def reach(self, candidates: Candidates | None) -> list[float]:
-        """What `paying.trees` weighs: how likely the best, second best, ... node is reached, summed over the rows."""
+        """What `paying.trees` weighs: how likely the best, second best, ... node is reached, summed over the rows.
+
+        Of rows that will take longest it counts for more, see `paying.weights`.
+        """
         if candidates is None:
             return []
         exists = candidates.exists
         if self.max_depth is not None:
             exists = exists & (candidates.depths <= self.max_depth[:, None])
         reached = torch.where(exists, candidates.scores, -torch.inf).exp()
-        return reached.sort(dim=1, descending=True).values.sum(0).tolist()
+        best = reached.sort(dim=1, descending=True).values
+        if self.pace is not None and len(best) > 1:
+            best = best * best.new_tensor(self.pace.weights)[:, None]
+        return best.sum(0).tolist()
 
     def tree(self, candidates: Candidates, fixed_size: bool = False, nodes: int | None = None) -> CandidateTree:
         """The best nodes: no more than `nodes`, or than the budget, none deeper than what may be emitted for it."""

@@ -20,6 +20,8 @@ logger = logging.get_logger(__name__)
 
 HUB_KERNEL = "kernels-community/flash-attn2"
 ALIGNED = 16  # columns that rows of a bias are apart a multiple of: memory-efficient attention reads them in vectors
+QUERIES_AT_ONCE = 32  # of a head, that torch's kernel for CPUs takes together
+KEYS_TO_SHARE = 128  # of all rows, below which bringing queries together takes as long as reading keys again
 
 
 @dataclass(frozen=True)
@@ -233,21 +235,17 @@ class CpuKernel(Kernel):
         return facts.obstacle
 
     def masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scoring: Scoring):
-        mask = mask.to(query.dtype).expand(len(query), -1, -1, -1)
-        return _cpu_kernel(query, key, value, 0.0, False, attn_mask=mask, scale=scoring.scale)
+        return _grouped_on_cpu(query, key, value, scoring.scale, mask.to(query.dtype).expand(len(query), -1, -1, -1))
 
     def over_prefix(self, query, key, value, prefix: Prefix, scoring: Scoring) -> tuple[Tensor, Tensor]:
         if prefix.limits:
-            keys, values = prefix.cut(key), prefix.cut(value)
-            return _cpu_kernel(query, keys, values, 0.0, False, scale=scoring.scale)
+            return _grouped_on_cpu(query, prefix.cut(key), prefix.cut(value), scoring.scale)
         dtype = torch.promote_types(query.dtype, torch.float32)
         out, lse = torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf, dtype=dtype)
         for row, (start, end) in enumerate(prefix.bounds.tolist()):
             if start < end:
                 one, seen = slice(row, row + 1), slice(start, end)
-                out[one], lse[one] = _cpu_kernel(
-                    query[one], key[one, :, seen], value[one, :, seen], 0.0, False, scale=scoring.scale
-                )
+                out[one], lse[one] = _grouped_on_cpu(query[one], key[one, :, seen], value[one, :, seen], scoring.scale)
         return out, lse
 
 
@@ -452,6 +450,26 @@ def repeated(states: Tensor, group: int) -> Tensor:
 
 def _cpu_kernel(*args, **kwargs) -> tuple[Tensor, Tensor]:
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)
+
+
+def _grouped_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Torch's kernel for CPUs: output (B, Hq, N, D) and LSE (B, Hq, N).
+
+    It reads keys, and in half precision converts them, for each head of queries and each `QUERIES_AT_ONCE` of them.
+    Where queries of heads that share keys are no more than these together, they go as one head's.
+    """
+    rows, heads, size, width = query.shape
+    group = heads // key.shape[1]
+    fits = 1 < group and group * size <= QUERIES_AT_ONCE and rows * key.shape[2] >= KEYS_TO_SHARE
+    if not fits or size == 1 and query.dtype not in (torch.float16, torch.bfloat16):  # of which one it does fast
+        return _cpu_kernel(query, key, value, 0.0, False, attn_mask=mask, scale=scale)
+    if mask is not None:
+        mask = mask[:, :, None].expand(-1, -1, group, -1, -1).flatten(2, 3)  # (B, 1, G·N, keys)
+    grouped = query.reshape(rows, heads // group, group * size, width)
+    out, lse = _cpu_kernel(grouped, key, value, 0.0, False, attn_mask=mask, scale=scale)
+    return out.reshape(query.shape), lse.reshape(query.shape[:3])
 
 
 def small_attention(

@@ -20,6 +20,8 @@ LATER = 8.0  # plain steps before a call's first try, where other calls' drafts 
 FEW = 8  # nodes of a tree, up to which the drafts' surest tokens are most of it
 EVERY = 4  # in the first cycles, each so many take a size that was not measured yet
 LEARNING = 64  # cycles
+STEEP = 8  # the power by which the row that will take longest is told from others
+KNOWN = 8  # tokens of each row, before which its own pace says little
 
 PLAIN, FREE, ONLY_FIRST, BOTH = "plain", "free", "first", "both"  # kinds of cycles
 SHAPES = (PLAIN, ONLY_FIRST, BOTH)  # kinds of recorded cycles
@@ -71,6 +73,24 @@ def trees(reach: Sequence[float], cost: Callable[[int], float], rows: int, sizes
         if at <= len(reach) or size == 1:
             found.append(Offer(size, tokens, cost(size)))
     return found
+
+
+def weights(rooms: Sequence[int] | None, emitted: Sequence[int], share: float) -> list[float]:
+    """What a token of each row is worth, one on average.
+
+    A call lasts as long as its slowest row. With c(n) = f + g n for a step of n rows, and t_b steps that row b still
+    needs, what is left takes f max(t) + g (t_1 + ... + t_n): a token of any row saves g, one of the last row f more.
+    Which one that will be is not known; it is likely the one that has far to go by the pace that it had so far.
+
+    Args:
+        rooms: by row, tokens that it may still emit; `None` where that has no end.
+        emitted: by row, tokens so far, all in the same number of cycles.
+        share: g n / (f + g n), of a step's cost what grows with its rows.
+    """
+    left = [1] * len(emitted) if rooms is None else rooms
+    steps = [room / (tokens + KNOWN) for room, tokens in zip(left, emitted)]
+    last = [(one / max(steps)) ** STEEP for one in steps]
+    return [share + (1 - share) * len(last) * one / sum(last) for one in last]
 
 
 class Purse:
@@ -200,19 +220,25 @@ class Pace:
         self._yields: dict[str, Tally] = {}
         self._expected: list[float] = []  # costs of the cycles whose times are not known yet
         self._where: list[CostTable] = []  # and their tables
+        self.weights = [1.0]
 
     # A cycle, in order ----------------------------------------------------------------------------------------------
 
-    def begin(self, rows: int, length: int) -> None:
-        """A cycle begins, of so many rows, the longest of `length` tokens."""
-        self.rows, self.table = rows, self._table_at(rows, length)
+    def begin(self, emitted: Sequence[int], length: int, rooms: Sequence[int] | None = None) -> None:
+        """A cycle begins, of rows that emitted so much, the longest of `length` tokens; `rooms`, see `weights`."""
+        self.rows = len(emitted)
+        self.table = self._table_at(self.rows, length)
+        self.weights = weights(rooms, emitted, self.table.share_of_rows)
         self._parts: list[Part] = []
         self._kind, self._reason, self._measures = PLAIN, "no room for more than a token", False
         self._raw = self._before = self._prefixes = 0.0
         self.watch.start()
 
     def drafts(self, reach: Sequence[float], has_drafter: bool = True) -> bool:
-        """Whether the first drafter shall draft. `reach`, see `trees`: of nodes that need no drafter's pass."""
+        """Whether the first drafter shall draft. `reach`, see `trees`: of nodes that need no drafter's pass.
+
+        Here and below probabilities of rows are summed by their `weights`.
+        """
         table = self.table
         self._kind, self._reason = FREE if reach else PLAIN, ""
         if not table.is_measured:
@@ -284,8 +310,8 @@ class Pace:
         if name != REST:
             self._parts.append((name, size))
 
-    def end(self, tokens: int, accepted: int) -> None:
-        """The cycle is over: tokens that all rows emitted, and drafted nodes among them."""
+    def end(self, emitted: Sequence[int]) -> None:
+        """The cycle is over: tokens that each row emitted, all but the last of them drafted."""
         self.watch.stop()
         table, parts = self.table, tuple(self._parts)
         cost, plain = table.of(*parts), parts == ((PASS, 1),)
@@ -294,12 +320,15 @@ class Pace:
         if not plain:
             with table.lock:
                 for tally in self._tallies(right):
-                    tally.add(accepted, self._raw)
-        got, expected = tokens / self.rows, 1 + self._tally(right).ratio * self._raw / self.rows
-        self.purse.saw(expected, cost, got)
+                    tally.add(self._sum(max(count - 1, 0) for count in emitted), self._raw)
+        expected = 1 + self._tally(right).ratio * self._raw / self.rows
+        self.purse.saw(expected, cost, self._sum(emitted) / self.rows)
         self._rate.add(expected, cost)
-        self.decisions.tokens += got
+        self.decisions.tokens += sum(emitted) / self.rows
         self._note(cost)
+
+    def _sum(self, counts: Iterable[int]) -> float:
+        return sum(weight * count for weight, count in zip(self.weights, counts))
 
     def _note(self, cost: float) -> None:
         decisions, parts = self.decisions, dict(self._parts)
