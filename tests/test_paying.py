@@ -587,3 +587,26 @@ def test_what_a_row_weighs_is_what_a_step_less_of_it_saves_of_a_call(seed):
     rooms, emitted = [[1e4 * steps * pace for steps, pace in zip(left, paces)], [1e4 * pace for pace in paces]]
     found = weights(rooms, emitted, rows * more / (alone + rows * more))
     assert found == pytest.approx([rows * one / sum(saved) for one in saved], abs=0.05 * rows)
+
+
+@pytest.mark.parametrize(("rows", "price", "grows"), [(4, 1.6, 0.2), (8, 1.9, 0.4), (16, 2.2, 0.6)])
+def test_calls_are_shorter_where_rows_weigh_by_what_they_save(rows, price, grows):
+    """Beside rows that all weigh the same, in a simulation: rows of several paces, drafts of `price` plain steps."""
+
+    def time_of(seed: int, weigh) -> float:
+        rng = random.Random(seed)
+        paces, emitted, time, left = [rng.uniform(1.3, 4) for _ in range(rows)], [0] * rows, 0.0, range(rows)
+        while left := [row for row in left if emitted[row] < 96]:
+            promised = [max(1.0, rng.gauss(paces[row], 0.8)) for row in left]
+            found = weigh([96 - emitted[row] for row in left], [emitted[row] for row in left])
+            drafts = sum(weight * tokens for weight, tokens in zip(found, promised)) > price * len(left)
+            time += (price if drafts else 1.0) * (1 - grows + grows * len(left) / rows)
+            for row, tokens in zip(left, promised):
+                emitted[row] += 1
+                while drafts and rng.random() < 1 - 1 / tokens:
+                    emitted[row] += 1
+        return time
+
+    by_weight = sum(time_of(seed, lambda *given: weights(*given, grows)) for seed in range(60))
+    alike = sum(time_of(seed, lambda rooms, emitted: [1.0] * len(rooms)) for seed in range(60))
+    assert by_weight < 0.98 * alike and by_weight < 1.01 * 60 * 96, (by_weight, alike)
