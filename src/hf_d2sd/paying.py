@@ -79,8 +79,9 @@ def weights(rooms: Sequence[int] | None, emitted: Sequence[int], share: float) -
     """What a token of each row is worth, one on average.
 
     A call lasts as long as its slowest row. With c(n) = f + g n for a step of n rows, and t_b steps that row b still
-    needs, what is left takes f max(t) + g (t_1 + ... + t_n): a token of any row saves g, one of the last row f more.
-    Which one that will be is not known; it is likely the one that has far to go by the pace that it had so far.
+    needs, what is left takes f max(t) + g (t_1 + ... + t_n): a step less of any row saves g, of the last row f more;
+    and a token is a plain step less. Which row will be the last is not known; it is likely the one that has far to go
+    by the pace that it had so far.
 
     Args:
         rooms: by row, tokens that it may still emit; `None` where that has no end.
