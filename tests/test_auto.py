@@ -1,19 +1,22 @@
 """Cycles that are chosen by what pays: the text is plain decoding's, whatever is chosen and whenever it changes."""
 
 import json
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from test_batch import mostly_right
 from tiny import OracleDrafts, prompt, tiny_assistant, tiny_drafter, tiny_target
 from transformers import GenerationConfig
 
 from hf_d2sd import D2SDAssistant
-from hf_d2sd.costs import FIRST, ONCE, PARTS, PASS, REST, SECOND, Costs, costs_of
+from hf_d2sd.costs import FIRST, ONCE, PARTS, PASS, REST, SECOND, Costs, Tally, costs_of
+from hf_d2sd.growing import State
 from hf_d2sd.modeling import CACHE_NAME
 from hf_d2sd.options import settle
-from hf_d2sd.paying import Pace
+from hf_d2sd.paying import Pace, weights
 
 NEW = 40
 
@@ -220,6 +223,56 @@ def test_turns_go_on_from_a_cache_that_plain_steps_and_trees_filled(on_machine, 
         assert out.sequences.tolist() == expected.tolist()
         cache = out[CACHE_NAME]
         ids = plain_ids = torch.cat([expected, prompt(4, 50 + turn)], dim=1)
+
+
+# Rows of a batch -----------------------------------------------------------------------------------------------------
+
+
+def test_what_rows_promise_and_what_comes_of_it_count_by_their_weights(on_machine, monkeypatch):
+    """In real calls, against sums that are made one row after the other."""
+    on_machine(first=0.05, second=0.05, node=0.005)
+    target, ids = tiny_target("llama"), torch.cat([prompt(9, seed) for seed in range(4)])
+    sequences = target.generate(ids, do_sample=False, max_new_tokens=60, pad_token_id=0)
+    mostly_right(monkeypatch, sequences[:, 9:].tolist(), [9] * 4)
+    begin, reach, end, add, given, uneven = Pace.begin, State.reach, Pace.end, Tally.add, {}, []
+
+    def noting_begin(pace, emitted, length, rooms):
+        assert [room + count for room, count in zip(rooms, emitted, strict=True)] == [60] * len(emitted)
+        begin(pace, emitted, length, rooms)
+        given.update(pace=pace, weights=weights(rooms, emitted, pace.table.share_of_rows))
+        uneven.append(max(given["weights"]) - min(given["weights"]))
+
+    def noting_reach(state, candidates):
+        found = reach(state, candidates)
+        if candidates is not None:
+            sums = [0.0] * len(found)
+            for weight, scores, there, deep, room in zip(
+                given["weights"],
+                candidates.scores.tolist(),
+                candidates.exists.expand_as(candidates.scores).tolist(),
+                candidates.depths.expand_as(candidates.scores).tolist(),
+                state.rooms,
+            ):
+                row = [math.exp(s) if t and d < room else 0.0 for s, t, d in zip(scores, there, deep)]
+                sums = [one + weight * other for one, other in zip(sums, sorted(row, reverse=True), strict=True)]
+            assert found == pytest.approx(sums, abs=1e-4)
+        return found
+
+    def noting_end(pace, emitted):
+        came = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tally, "add", lambda tally, of, to: (came.append(of), add(tally, of, to)))
+            end(pace, emitted)
+        accepted = sum(weight * (count - 1) for weight, count in zip(given["weights"], emitted, strict=True))
+        if len(came) > 1:  # a plain step says nothing of drafts
+            assert came[:2] == pytest.approx([accepted] * 2)
+
+    monkeypatch.setattr(Pace, "begin", noting_begin)
+    monkeypatch.setattr(State, "reach", noting_reach)
+    monkeypatch.setattr(Pace, "end", noting_end)
+    options = dict(do_sample=False, max_new_tokens=60, pad_token_id=0, d2sd_auto=True, d2sd_context=0)
+    out = target.generate(ids, assistant_model=fresh_pair(), **options)
+    assert out.tolist() == sequences.tolist() and max(uneven) > 0.5
 
 
 # Decisions -----------------------------------------------------------------------------------------------------------
